@@ -66,6 +66,7 @@ class Optimizer:
     weight_decay: float = bounded(0.0, at_least=0)
     no_decay: tuple[str, ...] = ("*norm*", "embed*")  # patterns of parameters that never decay
     clip_norm: float = bounded(1.0, at_least=0)  # global norm of the gradient; 0: no clipping
+    max_skips: int = bounded(3, at_least=0)  # steps in a row left out for a non-finite gradient before the run aborts
 
 
 @dataclass(frozen=True)
@@ -107,8 +108,8 @@ class Run:
 
     run_dir: str = "runs/default"
     seed: int = bounded(0, at_least=0)
-    steps: int | None = bounded(None, at_least=1)  # give steps or epochs
-    epochs: float | None = bounded(None, above=0)
+    steps: int = bounded(0, at_least=0)  # give steps or epochs; 0: the other decides
+    epochs: float = bounded(0.0, at_least=0)
     allow_change: bool = False  # resume although settings or data that shape the result have changed
 
     # data

@@ -1,0 +1,249 @@
+"""From a config file and its overrides to a frozen `schema.Run`; every mistake is one message with place, value and way out."""
+
+import dataclasses
+import difflib
+import json
+import math
+import runpy
+import traceback
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+from ml_collections import config_dict, config_flags
+
+from itjax.base import schema, tree
+
+
+class Fault(ValueError):
+    """Something a user can mend: the message names place, value and way out, and the command exits with 2."""
+
+
+def nearest(name: str, known: Sequence[str]) -> str:
+    """` Did you mean 'x'?` or nothing: a sentence to append to an error about an unknown name."""
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f" Did you mean {close[0]!r}?" if close else ""
+
+
+# --- schema -> ConfigDict ---------------------------------------------------------------------------------------------
+
+
+def thaw(value: Any) -> config_dict.ConfigDict:
+    """The dataclass as a ConfigDict whose fields keep their types; fields that are None become typed placeholders."""
+    out = config_dict.ConfigDict()
+    hints = typing.get_type_hints(type(value))
+    for field in dataclasses.fields(value):
+        item = getattr(value, field.name)
+        if dataclasses.is_dataclass(item):
+            item = thaw(item)
+        elif isinstance(item, Mapping):
+            item = config_dict.ConfigDict({name: thaw(entry) for name, entry in item.items()})
+            item.unlock()  # names are the user's
+        elif item is None:
+            item = config_dict.placeholder(_required(hints[field.name]))
+        out[field.name] = item
+    return out.lock()
+
+
+def _required(hint: Any) -> type:
+    """`int | None` -> int."""
+    options = typing.get_args(hint)
+    return next(option for option in options if option is not types.NoneType) if types.NoneType in options else hint
+
+
+# --- ConfigDict -> schema ---------------------------------------------------------------------------------------------
+
+
+def freeze(config: Mapping[str, Any]) -> schema.Run:
+    """A checked `Run`. Raises Fault naming the path of a misspelt, ill-typed or out-of-range field, or a contradiction."""
+    run = _build(schema.Run, config, path="config")
+    contradictions(run)
+    return run
+
+
+def _build(kind: type, config: Mapping[str, Any], *, path: str) -> Any:
+    hints = typing.get_type_hints(kind)
+    fields = {field.name: field for field in dataclasses.fields(kind)}
+    for name in config:
+        if name not in fields:
+            raise Fault(f"{path}.{name}: no such setting.{nearest(name, list(fields))} Known: {', '.join(sorted(fields))}")
+    values = {}
+    for name in config:
+        place = f"{path}.{name}"
+        values[name] = _value(hints[name], config[name], path=place)
+        _bounds(values[name], fields[name].metadata, path=place)
+    return kind(**values)
+
+
+def _value(hint: Any, value: Any, *, path: str) -> Any:
+    """The value as the type the schema asks for; ints are welcome where floats are."""
+    if value is None and types.NoneType in typing.get_args(hint):
+        return None
+    wanted = _required(hint)
+    origin = typing.get_origin(wanted)
+    if dataclasses.is_dataclass(wanted):
+        if not isinstance(value, Mapping):
+            raise Fault(f"{path}: {value!r} should be a group of settings; set its members, e.g. {path}.name=value")
+        return _build(typing.cast(type, wanted), value, path=path)
+    if origin is not None and issubclass(origin, Mapping):
+        member = typing.get_args(wanted)[1]
+        return {name: _value(member, entry, path=f"{path}.{name}") for name, entry in value.items()}
+    if origin is tuple and isinstance(value, (tuple, list)) and all(isinstance(item, str) for item in value):
+        return tuple(value)
+    if wanted is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+        return float(value)
+    if isinstance(wanted, type) and isinstance(value, wanted) and not (wanted is int and isinstance(value, bool)):
+        return value
+    name = getattr(wanted, "__name__", str(wanted)) if origin is None else str(wanted)
+    raise Fault(f"{path}: {value!r} is a {type(value).__name__}; it should be {name}")
+
+
+def _bounds(value: Any, bounds: Mapping[str, Any], *, path: str) -> None:
+    if isinstance(value, float) and not math.isfinite(value):
+        raise Fault(f"{path}: {value} is not a finite number")
+    if value is None:
+        return
+    if "choices" in bounds and value not in bounds["choices"]:
+        choices = list(bounds["choices"])
+        raise Fault(f"{path}: {value!r} is not a choice.{nearest(str(value), choices)} Choices: {', '.join(choices)}")
+    tests = {
+        "at_least": (lambda limit: value >= limit, "at least"),
+        "above": (lambda limit: value > limit, "above"),
+        "at_most": (lambda limit: value <= limit, "at most"),
+        "below": (lambda limit: value < limit, "below"),
+    }
+    for name, (holds, words) in tests.items():
+        if name in bounds and not holds(bounds[name]):
+            raise Fault(f"{path}: {value} is out of range; it must be {words} {bounds[name]}")
+
+
+def contradictions(run: schema.Run) -> None:
+    """Settings that are fine alone and wrong together."""
+    if not run.steps and not run.epochs:
+        raise Fault("config.steps: neither steps nor epochs is set; set one, e.g. --config.steps=1000")
+    if run.steps and run.epochs:
+        raise Fault(
+            f"config.steps: steps={run.steps} and epochs={run.epochs} are both set; "
+            "keep one, e.g. --config.steps=0 to train for epochs"
+        )
+    if run.rows % run.accumulate:
+        raise Fault(
+            f"config.accumulate: {run.rows} rows do not divide into {run.accumulate} micro-batches; "
+            f"try --config.rows={run.accumulate * math.ceil(run.rows / run.accumulate)}"
+        )
+    if not run.files and not run.sources:
+        raise Fault("config.files: no data; name files, e.g. --config.files='data/*.jsonl', or set config.sources")
+    for name, source in run.sources.items():
+        if bool(source.files) == bool(source.task):
+            raise Fault(f"config.sources.{name}: set either files or task (files={source.files!r}, task={source.task!r})")
+        if source.task and not source.examples:
+            raise Fault(f"config.sources.{name}.examples: 0 rows of task {source.task!r}; set how many to draw")
+    free = [axis for axis in ("data", "fsdp", "tensor") if getattr(run.parallel, axis) == -1]
+    if len(free) > 1:
+        raise Fault(f"config.parallel: {' and '.join(free)} are both -1; only one axis can take what is left")
+    for axis in ("data", "fsdp", "tensor"):
+        if getattr(run.parallel, axis) == 0:
+            raise Fault(f"config.parallel.{axis}: 0 devices; use 1 for no split, -1 for what is left")
+
+
+# --- the command line -------------------------------------------------------------------------------------------------
+
+
+def load(argv: Sequence[str], flag_values: flags.FlagValues) -> schema.Run:
+    """Reads `--config=FILE.py` with its `--config.path=value` overrides, and the command's own flags, from `argv`.
+
+    `flag_values` holds the command's own flags; they are parsed too. Raises Fault for anything a user got wrong.
+    """
+    config_flags.DEFINE_config_file(
+        "config", None, "the experiment: a Python file with get_config()", flag_values=flag_values, sys_argv=list(argv)
+    )
+    file = _config_file(argv)
+    known = _known_paths(file)
+    for argument in argv[1:]:
+        name = argument.split("=", 1)[0].lstrip("-")
+        if name.startswith("config.") and not _is_known(name.removeprefix("config."), known):
+            raise Fault(f"--{name}: no such setting in {file}.{_nearest_path(name, known)}")
+    try:
+        rest = flag_values(list(argv))
+    except (flags.Error, AttributeError, TypeError, ValueError) as error:
+        raise Fault(str(error)) from error
+    if rest[1:]:
+        raise Fault(f"{rest[1]!r}: not a flag; settings are written --config.name=value")
+    return freeze(flag_values.config.to_dict())
+
+
+def _config_file(argv: Sequence[str]) -> str:
+    for number, argument in enumerate(argv):
+        if argument.startswith("--config="):
+            return argument.removeprefix("--config=")
+        if argument == "--config" and number + 1 < len(argv):
+            return argv[number + 1]
+    raise Fault("--config: missing; name an experiment, e.g. --config=configs/quickstart.py")
+
+
+def _known_paths(file: str) -> list[str]:
+    path = Path(file)
+    if not path.is_file():
+        here = sorted(str(found) for found in path.parent.glob("*.py")) if path.parent.is_dir() else []
+        raise Fault(f"--config={file}: no such file.{nearest(file, here)}")
+    return [name.replace(tree.SEPARATOR, ".") for name in tree.flatten(config_from(path).to_dict())]
+
+
+def config_from(path: Path) -> config_dict.ConfigDict:
+    """Runs a config file's `get_config()`. The file is code and trusted as such; whatever it raises names its line."""
+    try:
+        config = runpy.run_path(str(path))["get_config"]()
+    except Exception as error:
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+        place = f"{path}:{lines[-1]}" if lines else str(path)
+        reason = str(error).strip("\"'").replace("\\'", "'").replace("\\n", ". ").replace("\n", ". ")
+        raise Fault(f"{place}: {type(error).__name__}: {reason}") from error
+    if not isinstance(config, config_dict.ConfigDict):
+        raise Fault(f"{path}: get_config() gave a {type(config).__name__}; it should give a ConfigDict")
+    return config
+
+
+def _is_known(name: str, known: Sequence[str]) -> bool:
+    return name in known or any(path.startswith(f"{name}.") for path in known)
+
+
+def _nearest_path(name: str, known: Sequence[str]) -> str:
+    wanted = name.removeprefix("config.")
+    by_leaf = [path for path in known if path.rsplit(".", 1)[-1] == wanted.rsplit(".", 1)[-1]]
+    if by_leaf:
+        return f" Did you mean --config.{by_leaf[0]}?"
+    close = difflib.get_close_matches(wanted, known, n=1, cutoff=0.5)
+    return f" Did you mean --config.{close[0]}?" if close else f" Known: {', '.join(sorted(known))}"
+
+
+# --- saved configs ----------------------------------------------------------------------------------------------------
+
+# Settings that may differ between a run and its resumption: none of them changes what is computed.
+FREE = ("run_dir", "allow_change", "workers", "cache_dir", "checkpoint/*", "log/*", "evaluation/*", "parallel/*", "eval_files")
+
+
+def to_json(run: schema.Run) -> str:
+    """The run as JSON, in the order of the schema."""
+    return json.dumps(dataclasses.asdict(run), indent=2) + "\n"
+
+
+def from_json(text: str, *, path: str) -> schema.Run:
+    """The inverse of `to_json`. `path` is named in errors."""
+    try:
+        values = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise Fault(f"{path}: not JSON ({error}); the file is damaged") from error
+    return freeze(values)
+
+
+def differences(saved: schema.Run, wanted: schema.Run) -> list[str]:
+    """Settings that shape the result and differ, as `steps: 100 -> 200`."""
+    before, after = (tree.flatten(dataclasses.asdict(run)) for run in (saved, wanted))
+    return [
+        f"{path.replace(tree.SEPARATOR, '.')}: {before.get(path)!r} -> {after.get(path)!r}"
+        for path in {**before, **after}
+        if before.get(path) != after.get(path) and not tree.matches(path, FREE)
+    ]
