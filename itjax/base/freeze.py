@@ -5,6 +5,7 @@ import difflib
 import json
 import math
 import runpy
+import sys
 import traceback
 import types
 import typing
@@ -69,7 +70,9 @@ def _build(kind: type, config: Mapping[str, Any], *, path: str) -> Any:
     fields = {field.name: field for field in dataclasses.fields(kind)}
     for name in config:
         if name not in fields:
-            raise Fault(f"{path}.{name}: no such setting.{nearest(name, list(fields))} Known: {', '.join(sorted(fields))}")
+            raise Fault(
+                f"{path}.{name}: no such setting.{nearest(name, list(fields))} Known: {', '.join(sorted(fields))}"
+            )
     values = {}
     for name in config:
         place = f"{path}.{name}"
@@ -138,7 +141,9 @@ def contradictions(run: schema.Run) -> None:
         raise Fault("config.files: no data; name files, e.g. --config.files='data/*.jsonl', or set config.sources")
     for name, source in run.sources.items():
         if bool(source.files) == bool(source.task):
-            raise Fault(f"config.sources.{name}: set either files or task (files={source.files!r}, task={source.task!r})")
+            raise Fault(
+                f"config.sources.{name}: set either files or task (files={source.files!r}, task={source.task!r})"
+            )
         if source.task and not source.examples:
             raise Fault(f"config.sources.{name}.examples: 0 rows of task {source.task!r}; set how many to draw")
     free = [axis for axis in ("data", "fsdp", "tensor") if getattr(run.parallel, axis) == -1]
@@ -194,6 +199,8 @@ def _known_paths(file: str) -> list[str]:
 
 def config_from(path: Path) -> config_dict.ConfigDict:
     """Runs a config file's `get_config()`. The file is code and trusted as such; whatever it raises names its line."""
+    if str(path.parent) not in sys.path:
+        sys.path.insert(0, str(path.parent))  # so that a variant can import the experiment beside it
     try:
         config = runpy.run_path(str(path))["get_config"]()
     except Exception as error:
@@ -222,7 +229,17 @@ def _nearest_path(name: str, known: Sequence[str]) -> str:
 # --- saved configs ----------------------------------------------------------------------------------------------------
 
 # Settings that may differ between a run and its resumption: none of them changes what is computed.
-FREE = ("run_dir", "allow_change", "workers", "cache_dir", "checkpoint/*", "log/*", "evaluation/*", "parallel/*", "eval_files")
+FREE = (
+    "run_dir",
+    "allow_change",
+    "workers",
+    "cache_dir",
+    "checkpoint/*",
+    "log/*",
+    "evaluation/*",
+    "parallel/*",
+    "eval_files",
+)
 
 
 def to_json(run: schema.Run) -> str:

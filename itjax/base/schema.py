@@ -90,7 +90,9 @@ class Evaluation:
     every: int = bounded(0, at_least=0)  # steps between held-out losses; 0: only at the end
     examples: int = bounded(32, at_least=0)  # held-out examples per source; 0: none
     fraction: float = bounded(0.2, above=0, below=1)  # at most this share of a source is held out
-    generate: int = bounded(0, at_least=0)  # prompts per family and phrasing group answered and scored, before and after
+    generate: int = bounded(
+        0, at_least=0
+    )  # prompts per family and phrasing group answered and scored, before and after
     max_tokens: int = bounded(256, at_least=1)  # longest answer
 
 
@@ -131,7 +133,9 @@ class Run:
     # model
     model: str = "tiny"  # a preset
     architecture: Architecture = field(default_factory=Architecture)
-    dtype: str = bounded("auto", choices=("auto", "float32", "bfloat16"))  # of activations; auto: bfloat16 except on CPU
+    dtype: str = bounded(
+        "auto", choices=("auto", "float32", "bfloat16")
+    )  # of activations; auto: bfloat16 except on CPU
     attention: str = "auto"
     remat: str = bounded("none", choices=REMAT)
 

@@ -1,0 +1,175 @@
+"""From a config to encoded data: sources opened, a part of each held out, the tokenizer made or read, every example encoded."""
+
+import hashlib
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from itjax.base.schema import Run
+from itjax.data import cache, sources
+from itjax.data.cache import EncodedSource
+from itjax.data.encode import Encoding
+from itjax.data.sources import RowSource
+from itjax.data.tasks import TaskSource
+from itjax.text import formats, tokenizer
+from itjax.text.formats import Format
+from itjax.text.tokenizer import SentencePiece
+
+TOKENIZER_TEXTS = 200_000  # conversations that an automatic tokenizer is made from, spread evenly over all sources
+
+Progress = Callable[[str, int, int], None]  # (what, done, of how many)
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Rows of one source that are never trained on."""
+
+    name: str
+    template_split: str | None  # "seen" or "heldout" phrasings; None where rows have no templates
+    rows: RowSource
+    encoded: EncodedSource
+    task: str = ""  # the embedded family, whose answers can be scored
+
+
+@dataclass(frozen=True)
+class Part:
+    """One source of a mixture: what is trained on, with its share of the examples (None: proportional to its rows)."""
+
+    rows: RowSource
+    weight: float | None
+
+
+@dataclass(frozen=True)
+class Data:
+    """Everything about the data that training, showing, verifying and evaluating need."""
+
+    tokenizer: SentencePiece
+    format: Format
+    train: tuple[EncodedSource, ...]
+    weights: tuple[float | None, ...]
+    held: tuple[HeldOut, ...]
+
+
+@dataclass(frozen=True)
+class _HeldRows:
+    name: str
+    template_split: str | None
+    rows: RowSource
+    task: str = ""
+
+
+def prepare(run: Run, *, progress: Progress) -> Data:
+    """Opens, splits and encodes the data of a run. Raises ValueError naming path and line of what cannot be used."""
+    parts, held = _open(run)
+    folder = Path(run.cache_dir) if run.cache_dir else cache.default_dir()
+    pieces = _tokenizer(run, [part.rows for part in parts], folder=folder, progress=progress)
+    fmt = formats.resolve(run.format, pieces)
+    encoding = Encoding(
+        tokenizer=pieces,
+        format=fmt.name,
+        length=run.length,
+        truncation=run.truncation,
+        prompt_weight=run.loss.prompt_weight,
+    )
+
+    def encode(rows: RowSource) -> EncodedSource:
+        return cache.encode_source(rows, encoding, cache_dir=folder, workers=os.cpu_count() or 1, progress=progress)
+
+    train = [encode(part.rows) for part in parts]
+    encoded = [(part, encode(part.rows)) for part in held]
+    return Data(
+        tokenizer=pieces,
+        format=fmt,
+        train=tuple(train),
+        weights=tuple(part.weight for part in parts),
+        held=tuple(
+            HeldOut(part.name, part.template_split, part.rows, source, part.task)
+            for part, source in encoded
+            if len(source)
+        ),
+    )
+
+
+def _open(run: Run) -> tuple[list[Part], list[_HeldRows]]:
+    parts: list[Part] = []
+    held: list[_HeldRows] = []
+
+    def add_file(rows: RowSource, weight: float | None) -> None:
+        if run.eval_files or not run.evaluation.examples:
+            parts.append(Part(rows, weight))
+            return
+        train, kept = sources.hold_out(
+            rows, examples=run.evaluation.examples, fraction=run.evaluation.fraction, seed=run.seed
+        )
+        parts.append(Part(train, weight))
+        if len(kept):
+            held.append(_HeldRows(rows.name, None, kept))
+
+    for rows in sources.open_files(run.files) if run.files else []:
+        add_file(rows, None)
+    for name, source in run.sources.items():
+        if source.task:
+            task = TaskSource(
+                source.task,
+                name=name,
+                examples=source.examples,
+                seed=run.seed,
+                split="train",
+                phrasings=source.phrasings,
+            )
+            parts.append(Part(task, source.weight))
+            held.extend(_held_tasks(run, name, source.task, source.phrasings))
+            continue
+        files = sources.open_files(source.files)
+        total = sum(len(rows) for rows in files)
+        for rows in files:
+            named = sources.renamed(rows, name if len(files) == 1 else f"{name}/{rows.name}")
+            add_file(named, source.weight and source.weight * len(rows) / total)
+    for rows in sources.open_files(run.eval_files) if run.eval_files else []:
+        held.append(_HeldRows(rows.name, None, rows))
+    names = [part.rows.name for part in parts]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(f"config.sources: two sources are named {twice[0]!r}; give each its own name")
+    return parts, held
+
+
+def _held_tasks(run: Run, name: str, task: str, phrasings: str) -> Iterator[_HeldRows]:
+    for template_split, chosen in (("seen", phrasings), ("heldout", "heldout")):
+        count = max(run.evaluation.examples, run.evaluation.generate)
+        if count:
+            rows = TaskSource(task, name=name, examples=count, seed=run.seed, split="eval", phrasings=chosen)
+            yield _HeldRows(name, template_split, rows, task)
+
+
+def _tokenizer(run: Run, rows: Sequence[RowSource], *, folder: Path, progress: Progress) -> SentencePiece:
+    """The tokenizer file of the config, or one made from the training rows and kept in the cache."""
+    if run.tokenizer != "auto":
+        path = Path(run.tokenizer)
+        if not path.is_file():
+            raise ValueError(
+                f"config.tokenizer: {run.tokenizer}: no such file; name a SentencePiece model, or use auto to make one"
+            )
+        return SentencePiece(path)
+    shape: list[Any] = [tokenizer.VERSION, run.vocab_size, TOKENIZER_TEXTS, [source.fingerprint() for source in rows]]
+    key = hashlib.blake2b(repr(shape).encode(), digest_size=16).hexdigest()
+    path = folder / "tokenizers" / f"{key}.model"
+    if not path.exists():
+        model = tokenizer.train(_texts(rows, progress), size=run.vocab_size, controls=formats.CHATML_CONTROLS)
+        cache.write_whole(path, model)
+    return SentencePiece(path)
+
+
+def _texts(rows: Sequence[RowSource], progress: Progress) -> Iterator[str]:
+    """The texts of all conversations, or of an even spread of them where there are very many."""
+    total = sum(len(source) for source in rows)
+    stride = max(1, -(-total // TOKENIZER_TEXTS))
+    done = 0
+    for source in rows:
+        for index in range(0, len(source), stride):
+            for message in source.conversation(index).messages:
+                yield message.content
+            done += 1
+        progress("reading texts for the tokenizer", min(done * stride, total), total)

@@ -1,0 +1,111 @@
+"""Names of axes to devices: one table says which mesh axes each dimension of an array is split over.
+
+A parameter carries its names beside it, an activation says them in `pin`; nothing else in the package speaks of shards.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from itjax.base.records import PackedBatch
+
+Rules = Mapping[str, tuple[str, ...]]
+
+# Logical name -> mesh axes, outermost first. A name with no axes is whole on every device.
+RULES: Rules = {
+    "batch": ("data", "fsdp"),
+    "length": (),
+    "layers": (),
+    "embed": ("fsdp",),
+    "heads": ("tensor",),
+    "kv_heads": ("tensor",),
+    "head_size": (),
+    "ffn": ("tensor",),
+    "vocab": ("tensor",),
+}
+
+
+def spec(names: Sequence[str | None], shape: Sequence[int], sizes: Mapping[str, int], rules: Rules) -> PartitionSpec:
+    """Where each dimension lands on a mesh with axes of these `sizes`.
+
+    names  ("batch", "length", "embed")   shape  (8, 512, 64)   sizes  {"data": 2, "fsdp": 2, "tensor": 2}
+    spec   (("data", "fsdp"), None, None)      fsdp already splits the batch, so "embed" stays whole here
+
+    A mesh axis splits one dimension, the first that asks for it. A dimension that an axis does not divide is whole over
+    that axis: correct on every mesh, and the layout that is printed for a run shows it.
+    """
+    assert len(names) == len(shape), (names, shape)
+    taken: set[str] = set()
+    entries = []
+    for name, extent in zip(names, shape, strict=True):
+        axes: list[str] = []
+        for axis in rules[name] if name is not None else ():
+            ways = math.prod(sizes[chosen] for chosen in axes) * sizes.get(axis, 1)
+            if axis in taken or sizes.get(axis, 1) == 1 or extent % ways:
+                continue
+            axes.append(axis)
+            taken.add(axis)
+        entries.append(tuple(axes) if len(axes) > 1 else axes[0] if axes else None)
+    return PartitionSpec(*entries)
+
+
+def scope() -> dict[str, int]:
+    """Sizes of the axes of the mesh in scope (`jax.set_mesh`); empty without one."""
+    return dict(jax.sharding.get_abstract_mesh().shape)
+
+
+def pin(x: jax.Array, *names: str | None) -> jax.Array:
+    """The same array, laid out by the names of its dimensions; identity when no mesh is in scope."""
+    sizes = scope()
+    if math.prod(sizes.values()) == 1:
+        return x
+    return jax.lax.with_sharding_constraint(x, spec(names, x.shape, sizes, RULES))
+
+
+def ways(name: str, extent: int) -> int:
+    """Into how many parts the mesh in scope splits a dimension of this name and extent."""
+    sizes = scope()
+    (entry,) = spec((name,), (extent,), sizes, RULES)
+    axes = entry if isinstance(entry, tuple) else (entry,)
+    return math.prod(sizes[axis] for axis in axes if axis is not None)
+
+
+def shardings(axes: Any, mesh: Mesh, shapes: Any) -> Any:
+    """Where every array of a tree lives: `axes` are PartitionSpecs of logical names, `shapes` has arrays or their shapes."""
+    sizes = dict(mesh.shape)
+
+    def one(names: PartitionSpec, array: Any) -> NamedSharding:
+        padded = (*names, *(None,) * (len(array.shape) - len(names)))
+        return NamedSharding(mesh, spec(padded, array.shape, sizes, RULES))
+
+    return jax.tree.map(one, axes, shapes, is_leaf=lambda leaf: isinstance(leaf, PartitionSpec))
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Rows of a batch over the batch axes, positions whole."""
+    axes = tuple(axis for axis in RULES["batch"] if mesh.shape[axis] > 1)
+    return NamedSharding(mesh, PartitionSpec(axes or None))
+
+
+def batch_shards(mesh: Mesh) -> int:
+    """Into how many parts the mesh cuts the rows of a batch."""
+    return math.prod(mesh.shape[axis] for axis in RULES["batch"])
+
+
+def local_rows(mesh: Mesh, rows: int) -> list[int]:
+    """Which rows of a global batch of `rows` this process must hold, in order."""
+    indices = batch_sharding(mesh).addressable_devices_indices_map((rows,))
+    held = {row for (part,) in indices.values() for row in range(*part.indices(rows))}
+    return sorted(held)
+
+
+def place(local: PackedBatch, mesh: Mesh) -> PackedBatch:
+    """This process's rows of a batch (numpy) as its part of the global arrays."""
+    sharding = batch_sharding(mesh)
+    if jax.process_count() == 1:
+        return jax.device_put(local, sharding)
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), local)

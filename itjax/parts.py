@@ -1,0 +1,148 @@
+"""From a config to the parts of a run: data, mesh, model, loader. Every command begins here, so all see the same run."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax
+from jax.sharding import Mesh
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from itjax.base import tree
+from itjax.base.freeze import Fault
+from itjax.base.schema import Run
+from itjax.data import prepare
+from itjax.data.loader import Loader, make_loader
+from itjax.data.prepare import Data
+from itjax.models import families
+from itjax.models.families import ModelConfig
+from itjax.models.model import Model, build
+from itjax.parallel import cluster, layout
+from itjax.parallel.mesh import mesh_for
+
+VOCAB_MULTIPLE = 64  # embeddings are padded to it, so that they divide over devices
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a run is made of, besides its data."""
+
+    config: ModelConfig
+    model: Model
+    mesh: Mesh
+    loader: Loader
+
+    def flops(self, step: int) -> float:
+        """Useful FLOPs of a step of the loader: real tokens only, attention inside own segments only."""
+        return families.train_flops(self.config, self.loader.lengths(step))
+
+    def summary(self, run: Run) -> str:
+        """A few lines that say what will be trained, on what, where."""
+        report = self.loader.report()
+        shape = " x ".join(f"{axis} {size}" for axis, size in self.mesh.shape.items() if size > 1) or "one device"
+        size = tree.num_elements(self.model.abstract)
+        return (
+            f"model  {run.model}: {size / 1e6:.2f} M parameters, vocabulary {self.config.vocab}\n"
+            f"data   {report['examples']:,} examples of {len(report['sources'])} sources in {report['num_rows']:,} rows of "
+            f"{run.length}; fill {report['fill']:.1%}, trained {report['trained_share']:.1%}, {report['epochs']:.2f} epochs\n"
+            f"steps  {self.loader.num_steps:,} of {run.rows} rows in {run.accumulate} micro-batch"
+            f"{'es' if run.accumulate > 1 else ''}\n"
+            f"mesh   {shape}, {jax.device_count()} {jax.devices()[0].device_kind}, {jax.process_count()} process"
+            f"{'es' if jax.process_count() > 1 else ''}"
+        )
+
+
+def prepare_data(run: Run, *, console: Console) -> Data:
+    """The data of the run, encoded. One process fills the cache, the others then find it (or fill their own disk's)."""
+    with _bars(console) as progress:
+        if cluster.writes():
+            data = prepare.prepare(run, progress=progress)
+        cluster.barrier("itjax: data encoded")
+        if not cluster.writes():
+            data = prepare.prepare(run, progress=progress)
+    return data
+
+
+class _bars:
+    """A progress bar for each thing that the data stage does."""
+
+    def __init__(self, console: Console):
+        self._progress = Progress(
+            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console,
+            transient=True,
+        )  # fmt: skip
+        self._tasks: dict[str, int] = {}
+
+    def __enter__(self) -> Callable[[str, int, int], None]:
+        self._progress.start()
+        return self._update
+
+    def _update(self, what: str, done: int, total: int) -> None:
+        if what not in self._tasks:
+            self._tasks[what] = self._progress.add_task(what, total=total)
+        self._progress.update(self._tasks[what], completed=done, total=total)  # type: ignore[arg-type]
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+
+def set_up(run: Run, data: Data) -> Parts:
+    """Mesh, model and loader of the run. Raises ValueError naming the setting that does not fit the others."""
+    mesh = mesh_for(run.parallel)
+    check_rows(run, mesh)
+    config = model_config(run, data)
+    model = build(config, dtype=dtype(run), attention=run.attention, remat=run.remat)
+    return Parts(config, model, mesh, loader_for(run, data, mesh))
+
+
+def dtype(run: Run) -> str:
+    """The dtype of activations: bfloat16 where it is fast, float32 on CPU."""
+    if run.dtype != "auto":
+        return run.dtype
+    return "float32" if jax.devices()[0].platform == "cpu" else "bfloat16"
+
+
+def model_config(run: Run, data: Data) -> ModelConfig:
+    """The preset with its overrides, and a vocabulary that holds every id of the tokenizer."""
+    size = data.tokenizer.size
+    vocab = run.architecture.vocab or -(-size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+    if vocab < size:
+        raise Fault(
+            f"config.architecture.vocab: {vocab} is smaller than the tokenizer's {size} ids; "
+            f"set it to {size} or more, or leave it out"
+        )
+    return families.resolve(run.model, run.architecture, vocab=vocab)
+
+
+def check_rows(run: Run, mesh: Mesh) -> None:
+    """Every micro-batch must give every device along the batch axes the same number of rows."""
+    shards = layout.batch_shards(mesh)
+    if (run.rows // run.accumulate) % shards:
+        each = shards * run.accumulate
+        raise Fault(
+            f"config.rows: {run.rows} rows in {run.accumulate} micro-batches do not divide over {shards} devices; "
+            f"try --config.rows={-(-run.rows // each) * each}"
+        )
+
+
+def loader_for(run: Run, data: Data, mesh: Mesh) -> Loader:
+    """The loader of this process: the rows that its devices hold."""
+    return make_loader(
+        data.train,
+        weights=data.weights,
+        length=run.length,
+        rows=run.rows,
+        steps=run.steps or None,
+        epochs=run.epochs or None,
+        window=run.window,
+        seed=run.seed,
+        packing=run.packing,
+        reduction=run.loss.reduction,
+        local_rows=layout.local_rows(mesh, run.rows),
+        workers=run.workers,
+    )
+
+
+def eval_rows(run: Run) -> int:
+    """Rows of an evaluation batch: those of a micro-batch, which fit for certain."""
+    return run.rows // run.accumulate

@@ -1,0 +1,72 @@
+"""State, data position and config in one commit: a step is on disk whole, or it is not there."""
+
+import dataclasses
+from pathlib import Path
+
+import orbax.checkpoint as ocp
+
+from itjax.base.records import DataPosition
+from itjax.base.schema import Checkpoint
+from itjax.train.state import TrainState
+
+STATE, DATA, CONFIG = "state", "data", "config"
+
+
+class Checkpoints:
+    """The checkpoints of one run, below `run_dir/checkpoints`. Saving returns at once and writes behind the next steps."""
+
+    def __init__(self, folder: Path, settings: Checkpoint):
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=settings.keep,
+            enable_async_checkpointing=settings.asynchronous,
+            cleanup_tmp_directories=True,  # what a killed save left behind
+            step_prefix=None,
+        )
+        handlers = {
+            STATE: ocp.StandardCheckpointHandler(),
+            DATA: ocp.JsonCheckpointHandler(),
+            CONFIG: ocp.JsonCheckpointHandler(),
+        }
+        registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
+        registry.add(STATE, ocp.args.StandardSave, handlers[STATE])
+        registry.add(STATE, ocp.args.StandardRestore, handlers[STATE])
+        for item in (DATA, CONFIG):
+            registry.add(item, ocp.args.JsonSave, handlers[item])
+            registry.add(item, ocp.args.JsonRestore, handlers[item])
+        self.folder = folder
+        self._manager = ocp.CheckpointManager(folder.absolute(), options=options, handler_registry=registry)
+
+    def latest(self) -> int | None:
+        """The newest committed step, or None."""
+        return self._manager.latest_step()
+
+    def save(self, state: TrainState, position: DataPosition, config: dict) -> None:
+        """Saves the state under its step number. Raises what an earlier save that ran behind the steps came to."""
+        step = position.step
+        saved = self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardSave(state),
+                data=ocp.args.JsonSave(dataclasses.asdict(position)),
+                config=ocp.args.JsonSave(config),
+            ),
+            force=True,
+        )
+        if not saved:  # Orbax declines in silence a step that is not newer than the latest
+            raise ValueError(
+                f"{self.folder}/{step}: not saved, step {self.latest()} is there already; use another run_dir"
+            )
+
+    def restore(self, step: int, like: TrainState) -> tuple[TrainState, DataPosition]:
+        """The state of a committed step, with the shapes, dtypes and shardings of the abstract state `like`."""
+        args = ocp.args.Composite(state=ocp.args.StandardRestore(like), data=ocp.args.JsonRestore())
+        restored = self._manager.restore(step, args=args)
+        return restored[STATE], DataPosition(**restored[DATA])
+
+    def wait(self) -> None:
+        """Returns when everything that was saved is committed."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Waits, and lets go of the folder."""
+        self._manager.close()
