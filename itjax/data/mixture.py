@@ -104,14 +104,18 @@ def interleave(rates: Sequence[float] | np.ndarray, num: int) -> np.ndarray:
 
 def shuffled(size: int, num: int, *, seed: int, name: str) -> np.ndarray:
     """The first `num` indices of a source that is shuffled anew in every epoch."""
-    epochs = [permutation(size, seed=seed, name=name, epoch=epoch) for epoch in range(-(-num // size))]
+    key = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little")
+    epochs = [permutation(size, seed, key, epoch) for epoch in range(-(-num // size))]
     return np.concatenate(epochs)[:num] if epochs else np.empty(0, np.int64)
 
 
-def permutation(size: int, *, seed: int, name: str, epoch: int) -> np.ndarray:
-    """The order of one source in one epoch: a function of (seed, name, epoch), the same on every machine."""
-    key = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little")
-    return np.random.default_rng(np.random.SeedSequence([seed, key, epoch])).permutation(size)
+def permutation(size: int, *key: int) -> np.ndarray:
+    """The numbers below `size` in an order that is a function of the key alone, on every machine.
+
+    Sorting raw bits, because numpy promises to keep the bits of a generator and not what `permutation` makes of them.
+    """
+    bits = np.random.PCG64(np.random.SeedSequence(key)).random_raw(size)
+    return np.argsort(bits, kind="stable")
 
 
 def _check(sizes: Sequence[int], weights: Sequence[float | None]) -> None:

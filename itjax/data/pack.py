@@ -14,6 +14,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from itjax.data.mixture import permutation
+
 
 class Plan(NamedTuple):
     """Row r holds the examples `items[row_offsets[r]:row_offsets[r + 1]]`, numbers in the order of the mixture."""
@@ -47,8 +49,7 @@ def plan(lengths: np.ndarray, *, length: int, window: int, epoch: int, seed: int
     for number, end in enumerate(ends.tolist()):
         inside = lengths[start:end]
         packed = best_fit(inside, length) if packing else _single(len(inside))
-        shuffle = np.random.default_rng(np.random.SeedSequence([seed, number])).permutation(packed.num_rows)
-        rows += [start + packed.row(row) for row in shuffle]
+        rows += [start + packed.row(row) for row in permutation(packed.num_rows, seed, number)]
         start = end
     return _join(rows)
 
