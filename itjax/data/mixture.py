@@ -2,7 +2,7 @@
 
     5 mails and 2 sums at the rates 3/4 and 1/4
     source   0  0  0  1  0  0  0  1      after n examples source s was drawn n * rate[s] times, off by less than one
-    index    2  3  0  0  1  4  1  1      inside a source: a new seeded permutation in every epoch
+    index    0  3  1  1  2  4  0  0      inside a source: a new seeded permutation in every epoch
     epoch    0  0  0  0  0  0  1  0
 
 The order is stateless: the first n of a longer order are the same n, and adding a source reshuffles no other.
