@@ -5,7 +5,7 @@ import logging
 
 import pytest
 
-from itjax.data.tasks import FAMILIES, TaskSource
+from itjax.data.tasks import FAMILIES, Field, TaskSource
 from itjax.data.templates import fill
 from itjax.evaluation import sandbox, tasks
 from itjax.evaluation.tasks import PRIMARY, score, score_all
@@ -102,10 +102,10 @@ def test_json_is_valid_only_by_the_schema(form, change):
 
 
 def test_types_are_exact():
-    schema = FAMILIES["triage"].schema
-    assert schema["wait"].accepts(3)
-    assert not any(schema["wait"].accepts(value) for value in (True, 3.0, "3", None, 10, [3]))
-    assert not any(schema["urgent"].accepts(value) for value in (1, 0, "true", None))
+    assert Field(int).accepts(1)
+    assert not any(Field(int).accepts(value) for value in (True, 1.0, "1", None, [1]))
+    assert not any(Field(bool).accepts(value) for value in (1, 0, "true", None))
+    assert not FAMILIES["triage"].schema["wait"].accepts(10)
 
 
 def test_valid_json_with_a_wrong_value_is_valid_and_wrong():
@@ -153,6 +153,10 @@ def test_functions_are_judged_by_what_they_do():
     assert passed("def g(x):\n    return x + x") == 0
     assert passed("def f(x):\n    return x + x\n\nassert f(2) == 5") == 0
     assert passed("def f(x):\n    print(x + x)") == 0
+
+
+def test_a_program_that_fails_passes_not_even_no_tests():
+    assert not tasks.passes({"name": "f", "tests": "[]"}, "1 / 0")
 
 
 def test_true_is_not_one():
