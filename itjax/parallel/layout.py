@@ -38,19 +38,26 @@ def spec(names: Sequence[str | None], shape: Sequence[int], sizes: Mapping[str, 
     A mesh axis splits one dimension, the first that asks for it. A dimension that an axis does not divide is whole over
     that axis: correct on every mesh, and the layout that is printed for a run shows it.
     """
+    entries = _splitters(names, shape, sizes, rules)
+    return PartitionSpec(*(axes if len(axes) > 1 else axes[0] if axes else None for axes in entries))
+
+
+def _splitters(
+    names: Sequence[str | None], shape: Sequence[int], sizes: Mapping[str, int], rules: Rules
+) -> list[tuple[str, ...]]:
+    """The mesh axes that split each dimension."""
     assert len(names) == len(shape), (names, shape)
     taken: set[str] = set()
     entries = []
     for name, extent in zip(names, shape, strict=True):
         axes: list[str] = []
         for axis in rules[name] if name is not None else ():
-            ways = math.prod(sizes[chosen] for chosen in axes) * sizes.get(axis, 1)
-            if axis in taken or sizes.get(axis, 1) == 1 or extent % ways:
-                continue
-            axes.append(axis)
-            taken.add(axis)
-        entries.append(tuple(axes) if len(axes) > 1 else axes[0] if axes else None)
-    return PartitionSpec(*entries)
+            parts = math.prod(sizes[chosen] for chosen in axes) * sizes.get(axis, 1)
+            if axis not in taken and sizes.get(axis, 1) > 1 and extent % parts == 0:
+                axes.append(axis)
+        taken.update(axes)
+        entries.append(tuple(axes))
+    return entries
 
 
 def scope() -> dict[str, int]:
@@ -69,43 +76,4 @@ def pin(x: jax.Array, *names: str | None) -> jax.Array:
 def ways(name: str, extent: int) -> int:
     """Into how many parts the mesh in scope splits a dimension of this name and extent."""
     sizes = scope()
-    (entry,) = spec((name,), (extent,), sizes, RULES)
-    axes = entry if isinstance(entry, tuple) else (entry,)
-    return math.prod(sizes[axis] for axis in axes if axis is not None)
-
-
-def shardings(axes: Any, mesh: Mesh, shapes: Any) -> Any:
-    """Where every array of a tree lives: `axes` are PartitionSpecs of logical names, `shapes` has arrays or their shapes."""
-    sizes = dict(mesh.shape)
-
-    def one(names: PartitionSpec, array: Any) -> NamedSharding:
-        padded = (*names, *(None,) * (len(array.shape) - len(names)))
-        return NamedSharding(mesh, spec(padded, array.shape, sizes, RULES))
-
-    return jax.tree.map(one, axes, shapes, is_leaf=lambda leaf: isinstance(leaf, PartitionSpec))
-
-
-def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Rows of a batch over the batch axes, positions whole."""
-    axes = tuple(axis for axis in RULES["batch"] if mesh.shape[axis] > 1)
-    return NamedSharding(mesh, PartitionSpec(axes or None))
-
-
-def batch_shards(mesh: Mesh) -> int:
-    """Into how many parts the mesh cuts the rows of a batch."""
-    return math.prod(mesh.shape[axis] for axis in RULES["batch"])
-
-
-def local_rows(mesh: Mesh, rows: int) -> list[int]:
-    """Which rows of a global batch of `rows` this process must hold, in order."""
-    indices = batch_sharding(mesh).addressable_devices_indices_map((rows,))
-    held = {row for (part,) in indices.values() for row in range(*part.indices(rows))}
-    return sorted(held)
-
-
-def place(local: PackedBatch, mesh: Mesh) -> PackedBatch:
-    """This process's rows of a batch (numpy) as its part of the global arrays."""
-    sharding = batch_sharding(mesh)
-    if jax.process_count() == 1:
-        return jax.device_put(local, sharding)
-    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), local)
+    return math.prod(sizes[axis] for axis in _splitters((name,), (extent,), sizes, RULES)[0])

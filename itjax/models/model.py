@@ -1,0 +1,93 @@
+"""A network as plain things: what it is made of, how to draw it, how to run it.
+
+Outside this folder parameters are nested dicts of arrays (`layers/attn/q/kernel`) and nothing knows of modules.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+from flax import nnx
+from jax.sharding import PartitionSpec
+
+from itjax.base import tree
+from itjax.base.records import PackedBatch
+from itjax.kernels import attention as attention_kernels
+from itjax.models.decoder import Cache, Decoder, empty_cache
+from itjax.models.families import ModelConfig
+
+Params = dict[str, Any]  # nested; stacked layers lead with L
+Axes = dict[str, Any]  # the same tree, leaves are PartitionSpecs of logical names
+
+
+class Features(NamedTuple):
+    """What the head reads, and sums that a network adds to the loss (none in a dense decoder)."""
+
+    x_BTD: jax.Array
+    aux: dict[str, jax.Array]
+
+
+@dataclass(frozen=True)
+class Model:
+    """Everything the rest of the package needs to know of a network."""
+
+    config: ModelConfig
+    abstract: Params  # ShapeDtypeStruct leaves
+    axes: Axes
+    init: Callable[[jax.Array], Params]
+    features: Callable[[Params, PackedBatch], Features]
+    head: Callable[[Params], jax.Array]  # the float32 (V, D) matrix, for losses that never make all logits
+    unembed: Callable[[Params, jax.Array], jax.Array]  # x_..D -> float32 logits_..V
+    init_cache: Callable[[int, int], Cache]  # (rows, length)
+    step: Callable[[Params, Cache, jax.Array], tuple[jax.Array, Cache]]  # next tokens_BT -> last position's logits_BV
+
+
+def build(config: ModelConfig, *, dtype: str, attention: str, remat: str) -> Model:
+    """The decoder of a config: float32 parameters, products in `dtype`. No array is made."""
+    implementation = attention_kernels.choose(attention, platform=jax.default_backend())
+
+    def make(key: jax.Array) -> Decoder:
+        return Decoder(config, dtype=dtype, attention=implementation, remat=remat, rngs=nnx.Rngs(params=key))
+
+    graph, state = nnx.split(nnx.eval_shape(make, jax.random.key(0)))
+
+    def live(params: Params) -> Decoder:
+        return nnx.merge(graph, params)
+
+    def features(params: Params, batch: PackedBatch) -> Features:
+        return Features(live(params).features(batch.tokens_BT, batch.positions_BT, batch.segments_BT), {})
+
+    def step(params: Params, cache: Cache, tokens_BT: jax.Array) -> tuple[jax.Array, Cache]:
+        decoder = live(params)
+        x_BTD, cache = decoder.step(cache, tokens_BT)
+        return decoder.unembed(x_BTD[:, -1]), cache
+
+    return Model(
+        config=config,
+        abstract=nnx.to_pure_dict(state),
+        axes=_axes(state),
+        init=lambda key: nnx.to_pure_dict(nnx.state(make(key))),
+        features=features,
+        head=lambda params: live(params).head_VD(),
+        unembed=lambda params, x: live(params).unembed(x),
+        init_cache=lambda rows, length: empty_cache(config, dtype=dtype, rows=rows, length=length),
+        step=step,
+    )
+
+
+def join(params: Params, frozen: Params) -> Params:
+    """Two trees of parameters with no leaf in common, as one."""
+    moving, still = tree.flatten(params), tree.flatten(frozen)
+    assert not moving.keys() & still.keys(), sorted(moving.keys() & still.keys())
+    return tree.unflatten({**moving, **still})
+
+
+def _axes(state: nnx.State) -> Axes:
+    """Logical axes from beside each parameter; those of stacked layers lead with "layers"."""
+    axes = {}
+    for path, variable in nnx.to_flat_state(state):
+        names = variable.get_metadata()["axes"]
+        stacked = ("layers",) if path[0] == "layers" else ()
+        axes[tree.SEPARATOR.join(map(str, path))] = PartitionSpec(*stacked, *names)
+    return tree.unflatten(axes)

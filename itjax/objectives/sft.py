@@ -1,0 +1,49 @@
+"""Supervised fine-tuning: the weighted sum of -log p(target), over whatever positions the data gave a weight."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from itjax.base.records import PackedBatch
+from itjax.kernels.cross_entropy import linear_cross_entropy
+from itjax.models.model import Model, Params, join
+from itjax.objectives.sums import LossSums
+from itjax.parallel import layout
+
+LossFn = Callable[[Params, Params, PackedBatch], LossSums]  # (params, frozen, batch)
+
+
+def sft(model: Model, *, z_loss: float, chunk: int, num_sources: int = 0) -> LossFn:
+    """The loss of a batch of packed rows: `loss` = Σ w·(nll + z_loss·log Z²), `weight` = Σ w.
+
+    `chunk` positions per device have logits at one time. `aux` has "nll" = Σ w·nll, "correct" = Σ w·[the target has the
+    highest logit], and, when `num_sources` are asked for, "source_loss" and "source_weight": Σ w·nll and Σ w per source.
+    """
+
+    def loss_fn(params: Params, frozen: Params, batch: PackedBatch) -> LossSums:
+        whole = join(params, frozen)
+        entropy = linear_cross_entropy(
+            model.features(whole, batch).x_BTD,
+            model.head(whole),
+            batch.targets_BT,
+            batch.weights_BT,
+            vocab=model.config.vocab,
+            z_loss=z_loss,
+            chunk=chunk,
+            shards=layout.ways("batch", batch.tokens_BT.shape[0]),
+            pin=layout.pin,
+        )
+        weights_BT = batch.weights_BT.astype(jnp.float32)
+        nll_BT = weights_BT * entropy.nll_BT
+        aux = {"nll": nll_BT.sum(), "correct": (weights_BT * entropy.hits_BT).sum()}
+        if num_sources:
+            aux["source_loss"] = _per_source(nll_BT, batch.source_BT, num_sources)
+            aux["source_weight"] = _per_source(weights_BT, batch.source_BT, num_sources)
+        return LossSums(entropy.loss, weights_BT.sum(), aux)
+
+    return loss_fn
+
+
+def _per_source(x_BT: jax.Array, source_BT: jax.Array, num_sources: int) -> jax.Array:
+    return jax.ops.segment_sum(x_BT.reshape(-1), source_BT.reshape(-1), num_segments=num_sources)
