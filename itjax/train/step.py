@@ -59,7 +59,7 @@ def make_train_step(
         has_weight = sums.weight > 0
         per_weight = jnp.where(has_weight, 1 / jnp.where(has_weight, sums.weight, 1.0), 0.0)
         grads = jax.tree.map(lambda g: g * per_weight, grads)  # the mean: the one division of the step
-        loss, grad_norm, rate = sums.loss * per_weight, optax.global_norm(grads), learning_rate(state.step)
+        loss, grad_norm, rate = sums.loss * per_weight, optax.tree.norm(grads), learning_rate(state.step)
         is_sound = has_weight & jnp.isfinite(loss) & jnp.isfinite(grad_norm)
 
         def update() -> tuple[Params, Any]:

@@ -1,0 +1,301 @@
+"""Prove the invariances on your own config and devices: same loss and gradient, however the work is cut.
+
+    python -m itjax.verify --config=configs/quickstart.py
+
+Exit 0 when all hold, 4 when one fails. The batch is the first rows of the run's real data, the model is the run's own.
+"""
+
+import itertools
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from rich.console import Console
+
+from itjax import cli, parts
+from itjax.base import freeze
+from itjax.base.records import PackedBatch
+from itjax.base.schema import REMAT, Parallel, Run
+from itjax.data.loader import Loader
+from itjax.data.prepare import Data
+from itjax.kernels import attention
+from itjax.models.families import ModelConfig
+from itjax.models.model import Model, build
+from itjax.objectives.sft import sft
+from itjax.parallel import cluster, layout
+from itjax.parallel.mesh import AXES, mesh_for
+from itjax.text import chat
+from itjax.train.state import TrainState
+from itjax.train.step import grad_sums
+
+CONTRACT_BROKEN = 4
+MICRO_BATCHES = (1, 2, 4)
+# Relative, of the loss and of the whole gradient's norm: rounding differs with the order of sums, meaning does not.
+TOLERANCE = {"float32": 2e-5, "bfloat16": 3e-2}
+EXAMPLES = 1000  # of every source whose stop tokens are looked at
+
+
+@dataclass(frozen=True)
+class Check:
+    """One claim: `value` is how far it is from holding exactly."""
+
+    name: str
+    value: float
+    tolerance: float
+    ok: bool
+
+
+def check(name: str, value: float, tolerance: float) -> Check:
+    return Check(name, float(value), tolerance, bool(value <= tolerance))  # NaN fails
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A loss and its gradient, on the host in float64."""
+
+    loss: float
+    grads: Any
+
+
+def verify(run: Run, data: Data) -> Iterator[Check]:
+    """All checks, one by one as they are done."""
+    mesh = mesh_for(run.parallel)
+    config = parts.model_config(run, data)
+    dtype = parts.dtype(run)
+    rows = math.lcm(max(MICRO_BATCHES), jax.device_count())  # every mesh and number of micro-batches divides it
+    loader = parts.loader_for(run, data, mesh)
+    batch = first_rows(loader, rows)
+    yield from data_checks(run, data, loader)
+
+    def outcome(
+        batch: PackedBatch,
+        *,
+        accumulate: int = 1,
+        mesh: Mesh = mesh,
+        chunk: int = run.loss.chunk,
+        attention: str = run.attention,
+        remat: str = run.remat,
+    ) -> Outcome:
+        model = build(config, dtype=dtype, attention=attention, remat=remat)
+        return gradient(run, model, batch, mesh=mesh, accumulate=accumulate, chunk=chunk)
+
+    base = outcome(batch)
+
+    def same(name: str, other: Outcome) -> Check:
+        return check(name, distance(base, other), TOLERANCE[dtype])
+
+    yield same(
+        "unpacked: every example alone in its row",
+        outcome(alone := unpacked(batch, rows), accumulate=micros(alone, rows)),
+    )
+    for accumulate in MICRO_BATCHES[1:]:
+        yield same(f"{accumulate} micro-batches", outcome(batch, accumulate=accumulate))
+    for shape in mesh_shapes(jax.device_count()):
+        words = " x ".join(f"{axis} {size}" for axis, size in zip(AXES, shape, strict=True))
+        yield same(f"mesh {words}", outcome(batch, mesh=mesh_of(shape)))
+    yield same("rows in another order", outcome(jax.tree.map(lambda x: x[::-1].copy(), batch)))
+    yield same("a quarter more padding", outcome(padded(batch, run.length // 4)))
+    for chunk in sorted({max(1, run.loss.chunk // 4), run.loss.chunk // 3 + 1} - {run.loss.chunk}):
+        yield same(f"head in chunks of {chunk} tokens", outcome(batch, chunk=chunk))
+    for remat in REMAT:
+        if remat != run.remat:
+            yield same(f"remat {remat}", outcome(batch, remat=remat))
+    for name in attention.available(jax.devices()[0].platform):
+        yield same(f"attention {name}", outcome(batch, attention=name))
+        model = build(config, dtype=dtype, attention=name, remat=run.remat)
+        yield check(f"attention {name}: none across segments", leak(run, model, config, batch, mesh), 0.0)
+
+
+# --- the loss and gradient of a batch ---------------------------------------------------------------------------------
+
+
+def gradient(run: Run, model: Model, batch: PackedBatch, *, mesh: Mesh, accumulate: int, chunk: int) -> Outcome:
+    """Loss and gradient by the train step's own function, of parameters drawn from the run's seed."""
+    with jax.set_mesh(mesh):
+        loss_fn = sft(model, z_loss=run.loss.z_loss, chunk=chunk)
+        whole = NamedSharding(mesh, PartitionSpec())
+
+        def sums(params: Any, batch: PackedBatch) -> tuple[jax.Array, Any]:
+            state = TrainState(jnp.zeros((), jnp.int32), params, {}, ())
+            grads, total = grad_sums(loss_fn, state, batch, accumulate)
+            return total.loss / total.weight, jax.tree.map(lambda g: g / total.weight, grads)
+
+        placed = layout.place(jax.tree.map(lambda x: x[layout.local_rows(mesh, len(x))], batch), mesh)
+        loss, grads = jax.jit(sums, out_shardings=whole)(parameters(run, model, mesh), placed)
+        return Outcome(float(loss), jax.tree.map(lambda g: np.asarray(g, np.float64), grads))
+
+
+def parameters(run: Run, model: Model, mesh: Mesh) -> Any:
+    """Drawn from the seed, laid out for the mesh. No scale is zero and no two are equal, so that nothing hides."""
+
+    def draw(key: jax.Array) -> Any:
+        params = model.init(key)
+        leaves, tree = jax.tree.flatten(params)
+        keys = jax.random.split(jax.random.fold_in(key, 1), len(leaves))
+        noisy = [x + 0.02 * jax.random.normal(k, x.shape, x.dtype) for x, k in zip(leaves, keys, strict=True)]
+        return jax.tree.unflatten(tree, noisy)
+
+    return jax.jit(draw, out_shardings=layout.shardings(model.axes, mesh, model.abstract))(jax.random.key(run.seed))
+
+
+def distance(a: Outcome, b: Outcome) -> float:
+    """The larger of the relative differences of the losses and of the gradients (norm of difference over norm)."""
+    difference = sum(
+        float(((x - y) ** 2).sum()) for x, y in zip(*map(jax.tree.leaves, (a.grads, b.grads)), strict=True)
+    )
+    size = sum(float((x**2).sum()) for x in jax.tree.leaves(a.grads))
+    return max(abs(a.loss - b.loss) / abs(a.loss), math.sqrt(difference / size))
+
+
+def leak(run: Run, model: Model, config: ModelConfig, batch: PackedBatch, mesh: Mesh) -> float:
+    """Changes the first document of every row and returns how far any logit of the other documents moves."""
+    segments = batch.segments_BT
+    changed = np.where(segments == 1, (batch.tokens_BT + 1) % config.vocab, batch.tokens_BT).astype(np.int32)
+    with jax.set_mesh(mesh):
+        params = parameters(run, model, mesh)
+        whole = NamedSharding(mesh, PartitionSpec())
+        logits = jax.jit(
+            lambda params, batch: model.unembed(params, model.features(params, batch).x_BTD), out_shardings=whole
+        )
+
+        def run_on(tokens: np.ndarray) -> np.ndarray:
+            full = batch._replace(tokens_BT=tokens)
+            local = jax.tree.map(lambda x: x[layout.local_rows(mesh, len(x))], full)
+            return np.asarray(logits(params, layout.place(local, mesh)), np.float64)
+
+        before, after = run_on(batch.tokens_BT), run_on(changed)
+    assert np.abs(before - after)[segments == 1].max() > 0, "the change must be seen in its own document"
+    others = segments > 1
+    return float(np.abs(before - after)[others].max()) if others.any() else 0.0
+
+
+# --- the same examples, laid out otherwise ----------------------------------------------------------------------------
+
+
+def first_rows(loader: Loader, rows: int) -> PackedBatch:
+    """The first rows of the run, all of the global batch."""
+    batches: list[PackedBatch] = []
+    for step in range(loader.num_steps):
+        batches.append(loader.batch(step, all_rows=True))
+        if sum(len(batch.tokens_BT) for batch in batches) >= rows:
+            break
+    joined = PackedBatch(*(np.concatenate(arrays)[:rows] for arrays in zip(*batches, strict=True)))
+    missing = rows - len(joined.tokens_BT)
+    return jax.tree.map(lambda x: np.pad(x, ((0, missing), (0, 0))), joined)
+
+
+def unpacked(batch: PackedBatch, multiple: int) -> PackedBatch:
+    """Every segment alone at the start of a row of its own; empty rows up to a multiple.
+
+    segments_BT  [[1, 1, 2, 0]]   ->   [[1, 1, 0, 0], [1, 0, 0, 0]]
+    """
+    found = [(row, number) for row, line in enumerate(batch.segments_BT) for number in range(1, line.max() + 1)]
+    size = (math.ceil(len(found) / multiple) * multiple, batch.tokens_BT.shape[1])
+    alone = PackedBatch(*(np.zeros(size, x.dtype) for x in batch))
+    for place, (row, number) in enumerate(found):
+        here = batch.segments_BT[row] == number
+        for array, original in zip(alone, batch, strict=True):
+            array[place, : here.sum()] = original[row, here]
+        alone.segments_BT[place, : here.sum()] = 1
+    return alone
+
+
+def micros(batch: PackedBatch, rows: int) -> int:
+    """Into how many micro-batches of `rows` a batch divides."""
+    return len(batch.tokens_BT) // rows
+
+
+def padded(batch: PackedBatch, extra: int) -> PackedBatch:
+    """The same rows, longer by `extra` positions that hold nothing."""
+    return jax.tree.map(lambda x: np.pad(x, ((0, 0), (0, extra))), batch)
+
+
+def mesh_shapes(num_devices: int) -> list[tuple[int, ...]]:
+    """Every way to write the number of devices as data x fsdp x tensor."""
+    divisors = [size for size in range(1, num_devices + 1) if num_devices % size == 0]
+    return [shape for shape in itertools.product(divisors, repeat=len(AXES)) if math.prod(shape) == num_devices]
+
+
+def mesh_of(shape: Sequence[int]) -> Mesh:
+    return mesh_for(Parallel(*shape))
+
+
+# --- what the data itself must satisfy --------------------------------------------------------------------------------
+
+
+def data_checks(run: Run, data: Data, loader: Loader) -> Iterator[Check]:
+    """Claims about tokens and weights, checked on packed rows against the encoded examples they came from."""
+    yield check("no target across examples", crossings(run, data, loader), 0)
+    if run.truncation == "drop":
+        yield check("stop token supervised in every trained turn", unstopped(run, data), 0)
+
+
+def crossings(run: Run, data: Data, loader: Loader) -> int:
+    """Positions of the first step's rows that differ from the example that should be there, alone."""
+    batch, encoded, wrong = loader.batch(0, all_rows=True), {source.name: source for source in data.train}, 0
+    for number in range(run.rows):
+        for placed in loader.row(number):
+            here = batch.segments_BT[number] == placed.segment
+            example = encoded[placed.source].example(placed.index)
+            wrong += int((batch.tokens_BT[number, here] != example.tokens_T).sum())
+            wrong += int((batch.targets_BT[number, here] != example.targets_T).sum())
+            wrong += int(((batch.weights_BT[number, here] > 0) != (example.weights_T > 0)).sum())
+            wrong += int((batch.positions_BT[number, here] != np.arange(len(example.tokens_T))).sum())
+    return wrong + int((batch.weights_BT[batch.segments_BT == 0] != 0).sum())
+
+
+def unstopped(run: Run, data: Data) -> int:
+    """Trained turns, of the first examples of every source, whose last target is no stop token."""
+    stops = np.array(sorted(chat.stop_ids(data.format, data.tokenizer)))
+    wrong = 0
+    for source in data.train:
+        for index in range(min(len(source), EXAMPLES)):
+            example = source.example(index)
+            learned = np.append(example.weights_T > run.loss.prompt_weight, False)
+            last = np.flatnonzero(learned[:-1] & ~learned[1:])
+            wrong += int((~np.isin(example.targets_T[last], stops)).sum())
+    return wrong
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+
+def command(argv: Sequence[str]) -> int:
+    if "--help" in argv or "-h" in argv:
+        print(f"--json=OUT  write the checks there\n\n{__doc__}")
+        return 0
+    values = flags.FlagValues()
+    flags.DEFINE_string("json", None, "write the checks there", flag_values=values)
+    run = freeze.load(argv, values)
+    cluster.start()
+    console = Console(quiet=not cluster.writes())
+    data = parts.prepare_data(run, console=console)
+    checks = shown(verify(run, data), console)
+    if values.json and cluster.writes():
+        result = {"ok": all(item.ok for item in checks), "checks": [asdict(item) for item in checks]}
+        Path(values.json).write_text(json.dumps(result, indent=2) + "\n")
+    return 0 if all(item.ok for item in checks) else CONTRACT_BROKEN
+
+
+def shown(checks: Iterator[Check], console: Console) -> list[Check]:
+    """Prints every check as it is done, then the sum of them."""
+    done = []
+    for item in checks:
+        done.append(item)
+        mark = "[green]holds[/]" if item.ok else "[red]FAILS[/]"
+        console.print(f"{mark}  {item.name}  [dim]{item.value:.1e} of {item.tolerance:.0e} allowed[/]", highlight=False)
+    failed = [item.name for item in done if not item.ok]
+    console.print(f"{len(done) - len(failed)} of {len(done)} hold" + (f"; not: {', '.join(failed)}" if failed else ""))
+    return done
+
+
+if __name__ == "__main__":
+    cli.run(command)
