@@ -114,3 +114,40 @@ def place(local: PackedBatch, mesh: Mesh) -> PackedBatch:
     if jax.process_count() == 1:
         return jax.device_put(local, sharding)
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), local)
+
+
+def shardings(axes: Any, mesh: Mesh, shapes: Any) -> Any:
+    """Where every array of a tree lives: `axes` are PartitionSpecs of logical names, `shapes` has arrays or their shapes."""
+    sizes = dict(mesh.shape)
+
+    def one(names: PartitionSpec, array: Any) -> NamedSharding:
+        padded = (*names, *(None,) * (len(array.shape) - len(names)))
+        return NamedSharding(mesh, spec(padded, array.shape, sizes, RULES))
+
+    return jax.tree.map(one, axes, shapes, is_leaf=lambda leaf: isinstance(leaf, PartitionSpec))
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Rows of a batch over the batch axes, positions whole."""
+    axes = tuple(axis for axis in RULES["batch"] if mesh.shape[axis] > 1)
+    return NamedSharding(mesh, PartitionSpec(axes or None))
+
+
+def batch_shards(mesh: Mesh) -> int:
+    """Into how many parts the mesh cuts the rows of a batch."""
+    return math.prod(mesh.shape[axis] for axis in RULES["batch"])
+
+
+def local_rows(mesh: Mesh, rows: int) -> list[int]:
+    """Which rows of a global batch of `rows` this process must hold, in order."""
+    indices = batch_sharding(mesh).addressable_devices_indices_map((rows,))
+    held = {row for (part,) in indices.values() for row in range(*part.indices(rows))}
+    return sorted(held)
+
+
+def place(local: PackedBatch, mesh: Mesh) -> PackedBatch:
+    """This process's rows of a batch (numpy) as its part of the global arrays."""
+    sharding = batch_sharding(mesh)
+    if jax.process_count() == 1:
+        return jax.device_put(local, sharding)
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), local)
