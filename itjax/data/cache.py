@@ -36,7 +36,7 @@ CHUNK = 256  # rows a process encodes at a time
 SMALL = 2048  # rows for which no process is started
 SUMMARY = "summary.json"
 BUILDING = ".building"
-COLUMNS = {  # file name -> type
+COLUMNS: dict[str, np.dtype[Any]] = {  # file name -> type
     "tokens": np.dtype("<i4"),
     "weights": np.dtype("<f4"),
     "lengths": np.dtype("<i4"),
@@ -47,6 +47,7 @@ COLUMNS = {  # file name -> type
     "keys": np.dtype("u1"),
     "key_ends": np.dtype("<i8"),
 }
+NO_WEIGHT = np.zeros(1, np.float32)
 Progress = Callable[[int, int], None]  # rows done, rows in all
 
 
@@ -59,7 +60,7 @@ class EncodedSource:
         self.name: str = self._summary["name"]
         self.fingerprint: str = self._summary["fingerprint"]
         self.report: dict[str, Any] = self._summary["report"]
-        columns = {name: _open_column(self.path, name, self._summary) for name in COLUMNS}
+        self._columns = columns = {name: _open_column(self.path, name, self._summary) for name in COLUMNS}
         self.tokens, self.weights = columns["tokens"], columns["weights"]
         self.lengths, self.weight_sums = columns["lengths"], columns["weight_sums"]
         self.num_trained, self.rows = columns["num_trained"], columns["rows"]
@@ -90,8 +91,8 @@ class EncodedSource:
 
     def check(self) -> None:
         """Reads everything once: sums as written, and every id inside the vocabulary."""
-        for name in COLUMNS:
-            if _checksum(getattr(self, name, getattr(self, f"_{name}", None))) != self._summary["checksums"][name]:
+        for name, column in self._columns.items():
+            if _checksum(column) != self._summary["checksums"][name]:
                 raise _damaged(self.path, f"{name} is not what was written")
         if len(self.offsets) and int(self.offsets[-1]) != len(self.tokens):
             raise _damaged(self.path, f"{len(self.tokens)} tokens, but lengths add up to {int(self.offsets[-1])}")
@@ -160,12 +161,14 @@ def encode_rows(source: RowSource, encoding: Encoding, start: int, stop: int) ->
     templates = [conversations[row - start].template for row, _ in kept]
     names = sorted(set(templates))
     examples = [example for _, example in kept]
+    lengths = np.array([len(e.tokens_T) for e in examples], dtype=np.int64)
+    weights = _flat([part for e in examples for part in (NO_WEIGHT, e.weights_T)])
     columns = {
         "tokens": _flat([part for e in examples for part in (e.tokens_T, e.targets_T[-1:])]),
-        "weights": _flat([part for e in examples for part in (np.zeros(1, np.float32), e.weights_T)]),
-        "lengths": [len(e.tokens_T) for e in examples],
-        "weight_sums": [e.weights_T.sum(dtype=np.float64) for e in examples],
-        "num_trained": [np.count_nonzero(e.weights_T) for e in examples],
+        "weights": weights,
+        "lengths": lengths,
+        "weight_sums": _sums(weights.astype(np.float64), lengths + 1),
+        "num_trained": _sums(weights > 0, lengths + 1),
         "rows": [row for row, _ in kept],
         "templates": [names.index(template) for template in templates],
         "keys": np.frombuffer(b"".join(keys), dtype=np.uint8),
@@ -176,6 +179,12 @@ def encode_rows(source: RowSource, encoding: Encoding, start: int, stop: int) ->
 
 def _flat(parts: list[np.ndarray]) -> np.ndarray:
     return np.concatenate(parts) if parts else np.zeros(0)
+
+
+def _sums(values: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    """Sums of consecutive stretches of these sizes, none empty."""
+    starts = np.cumsum(sizes) - sizes
+    return np.add.reduceat(values, starts, dtype=np.float64) if len(starts) else np.zeros(0)
 
 
 def _chunks(source: RowSource, encoding: Encoding, *, workers: int) -> Iterator[Chunk]:

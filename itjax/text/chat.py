@@ -10,7 +10,9 @@ Each segment is tokenised on its own, so the ids of a prompt are exactly the fir
 data is never read as a control token.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+import re
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from itertools import chain
 
 import numpy as np
@@ -81,11 +83,15 @@ def _special_id(text: str, tokenizer: Tokenizer) -> int:
     return id
 
 
-def _own(text: str, fmt: Format, weight: float) -> Iterator[Segment]:
+def _own(text: str, fmt: Format, weight: float) -> tuple[Segment, ...]:
     """Segments of the format's own text; its control tokens are special."""
-    for number, part in enumerate(fmt.specials.split(text)):
-        if part:
-            yield Segment(part, weight, special=number % 2 == 1)
+    return _split(text, fmt.specials, weight)
+
+
+@lru_cache(maxsize=4096)
+def _split(text: str, specials: re.Pattern[str], weight: float) -> tuple[Segment, ...]:
+    parts = enumerate(specials.split(text))
+    return tuple(Segment(part, weight, special=number % 2 == 1) for number, part in parts if part)
 
 
 def _content(message: Message, fmt: Format, weight: float) -> Iterable[Segment]:

@@ -116,7 +116,7 @@ def resolve(name: str, tokenizer: Tokenizer) -> Format:
     if name == "auto":
         name = "plain" if _missing(FORMATS["chatml"], tokenizer) else "chatml"
     if name not in FORMATS:
-        raise ValueError(f"format: {name!r} is unknown{_nearest(name)}. Known: auto, {', '.join(sorted(FORMATS))}")
+        raise ValueError(f"format: {name!r} is unknown{_nearest(name)} Known: auto, {', '.join(sorted(FORMATS))}")
     format = FORMATS[name]
     missing = _missing(format, tokenizer)
     if missing:
@@ -135,4 +135,4 @@ def _missing(format: Format, tokenizer: Tokenizer) -> list[str]:
 
 def _nearest(name: str) -> str:
     closest = difflib.get_close_matches(name, [*FORMATS, "auto"], n=1, cutoff=0.5)
-    return f"; did you mean {closest[0]!r}?" if closest else ""
+    return f"; did you mean {closest[0]!r}?" if closest else "."
