@@ -93,59 +93,6 @@ class SentencePiece:
         keeps_spaces = self._pieces.decode(self._pieces.encode(" \x01  \x01 ")) == " \x01  \x01 "
         return ids if spelt_in_bytes and adds_nothing and keeps_spaces else ()
 
-    def decode(self, ids: Sequence[int]) -> str: ...
-    def control(self, text: str) -> int | None:
-        """The id of the control token with exactly this text."""
-
-    def token(self, id: int) -> str: ...
-    def fingerprint(self) -> str: ...
-
-
-class SentencePiece:
-    """A SentencePiece model, from its file or its bytes."""
-
-    def __init__(self, model: str | Path | bytes) -> None:
-        self.model = model if isinstance(model, bytes) else _read(Path(model))
-        try:
-            self._pieces = sentencepiece.SentencePieceProcessor(model_proto=self.model)
-        except RuntimeError as error:
-            place = "tokenizer" if isinstance(model, bytes) else str(model)
-            raise ValueError(f"{place}: not a SentencePiece model ({error}); give a .model file") from None
-        self.size: int = self._pieces.vocab_size()
-        self.bos = _id_or_none(self._pieces.bos_id())
-        self.eos = _id_or_none(self._pieces.eos_id())
-        self.pad = _id_or_none(self._pieces.pad_id())
-        self.unk = _id_or_none(self._pieces.unk_id())
-        self._controls = {self.token(id): id for id in range(self.size) if self._pieces.is_control(id)}
-
-    def __reduce__(self) -> tuple[type["SentencePiece"], tuple[bytes]]:
-        return SentencePiece, (self.model,)
-
-    def encode(self, text: str) -> list[int]:
-        return self.encode_many([text])[0]
-
-    def encode_many(self, texts: Sequence[str]) -> list[list[int]]:
-        """The ids of each text, as SentencePiece gives them on one thread; texts that hold a space mark stay exact."""
-        raw = [_utf8(text) for text in texts]
-        ids = self._pieces.encode(raw, num_threads=1) if raw else []
-        if self._space_mark_ids:
-            for number, text in enumerate(texts):
-                if not text.isascii() and SPACE_MARK in text:
-                    ids[number] = self._encode_around_marks(text)
-        return ids
-
-    def _encode_around_marks(self, text: str) -> list[int]:
-        first, *others = self._pieces.encode([_utf8(part) for part in text.split(SPACE_MARK)], num_threads=1)
-        return first + [id for part in others for id in (*self._space_mark_ids, *part)]
-
-    @cached_property
-    def _space_mark_ids(self) -> tuple[int, ...]:
-        """Bytes that spell the space mark, for models that otherwise keep text as it is; else nothing."""
-        ids = tuple(self._pieces.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE_MARK.encode())
-        spelt_in_bytes = all(self._pieces.is_byte(id) for id in ids)
-        probe = "".join(self._pieces.encode("\x01  b ", out_type=str))  # the first character shows an added space
-        return ids if spelt_in_bytes and probe == f"<0x01>{SPACE_MARK * 2}b{SPACE_MARK}" else ()
-
     def decode(self, ids: Sequence[int]) -> str:
         """The text; control tokens are silent, bytes that are not UTF-8 become U+FFFD."""
         return self._pieces.decode([int(id) for id in ids])
