@@ -35,7 +35,7 @@ class TaskSource:
         self._family = FAMILIES[_known("task", family, FAMILIES)]
         if examples < 1:
             raise ValueError(f"task {family!r}: examples is {examples}; give at least 1")
-        self.name = family
+        self.name = self.family = family
         self._examples = examples
         self._seed = seed
         self._split = _known(f"task {family!r}: split", split, SPLITS)

@@ -1,4 +1,8 @@
-"""Little stories with numbers: two steps written out, then the answer."""
+"""Little stories with numbers: two steps written out, then the answer.
+
+The numbers are small on purpose: there are about a hundred sums to know, and a model of a few minutes can know them.
+The stories are many.
+"""
 
 import random
 
@@ -43,35 +47,34 @@ WORDINGS = (
 )
 
 KEEPS = (
-    "{name} has {a} {item}, buys {b} more and loses {c}. How many {item} are left?",
-    "There are {a} {item} in a box. {name} adds {b} and takes out {c}. How many {item} are left?",
+    "{name} has {a} {item}, buys {b} more and loses {c} of them. How many {item} are left?",
+    "There are {a} {item} in a box. {name} adds {b} more and takes out {c} of them. How many {item} are left?",
 )
 PACKS = (
     "{name} packs {a} bags with {b} {item} each and finds {c} more. How many {item} are there?",
-    "There are {a} boxes with {b} {item} each. {name} adds {c}. How many {item} are there?",
+    "There are {a} boxes with {b} {item} each. {name} adds {c} more. How many {item} are there?",
 )
 SHARES = (
-    "{name} has {a} {item} and {friend} has {b}. Is the total even or odd?",
+    "{name} has {a} {item} and {friend} has {b} {item}. Is the total even or odd?",
     "{name} and {friend} put {a} and {b} {item} together. Is the total even or odd?",
 )
 
 
 def keeps(rng: random.Random) -> dict[str, str]:
     """5 + 4 = 9, 9 - 3 = 6."""
-    a, b = rng.randint(2, 9), rng.randint(2, 9)
-    c = rng.randint(1, min(9, a + b))
+    a, b, c = rng.randint(2, 6), rng.randint(2, 6), rng.randint(1, 4)
     return _two_steps(rng, KEEPS, a, b, c, first=f"{a} + {b} = {a + b}", second=f"{a + b} - {c} = {a + b - c}")
 
 
 def packs(rng: random.Random) -> dict[str, str]:
     """3 * 4 = 12, 12 + 2 = 14."""
-    a, b, c = rng.randint(2, 5), rng.randint(2, 5), rng.randint(1, 9)
+    a, b, c = rng.randint(2, 5), rng.randint(2, 4), rng.randint(1, 4)
     return _two_steps(rng, PACKS, a, b, c, first=f"{a} * {b} = {a * b}", second=f"{a * b} + {c} = {a * b + c}")
 
 
 def shares(rng: random.Random) -> dict[str, str]:
     """5 + 4 = 9, 9 is odd."""
-    a, b = rng.randint(2, 9), rng.randint(2, 9)
+    a, b = rng.randint(2, 6), rng.randint(2, 6)
     parity = ("even", "odd")[(a + b) % 2]
     return _two_steps(rng, SHARES, a, b, 0, first=f"{a} + {b} = {a + b}", second=f"{a + b} is {parity}")
 

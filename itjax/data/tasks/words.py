@@ -6,7 +6,7 @@ NAMES = (
     "Mona", "Nick", "Olga", "Paul", "Rosa", "Tom",
 )
 PRODUCTS = (
-    "lamp", "chair", "phone", "watch", "radio", "camera", "printer", "kettle", "bike", "desk", "tent",
+    "lamp", "chair", "phone", "watch", "radio", "camera", "printer", "kettle", "bike", "clock", "tent",
     "drill", "mixer", "router", "jacket", "sofa",
 )
 ITEMS = (
