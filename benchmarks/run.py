@@ -21,6 +21,7 @@ from rich.table import Table
 from benchmarks import SEED
 
 SUITES = ("cpu", "data")
+WIDTH = 110  # of the table
 PACKAGES = ("numpy", "jax", "jaxlib", "flax", "grain", "optax")
 
 
@@ -40,8 +41,7 @@ def main() -> None:
         "versions": versions(),
         "results": results,
     }
-    screen = Console()
-    screen.print(table(record), width=max(screen.width, 110), no_wrap=True, crop=False, overflow="ignore")
+    Console(width=WIDTH).print(table(record))
     if arguments.out:
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
         arguments.out.write_text(json.dumps(rounded(record), indent=2) + "\n")

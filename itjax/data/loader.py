@@ -10,6 +10,7 @@ so the position is one integer, any step can be had without those before it, and
 change who assembles a row, never what is in it. A run of fewer steps or epochs is the beginning of a longer one.
 """
 
+import gc
 import hashlib
 import math
 from collections.abc import Iterator, Sequence
@@ -267,6 +268,10 @@ class Loader:
         if self._ahead is not None:
             self._ahead.close()  # type: ignore[attr-defined]
             self._ahead = None
+            if self._workers:
+                # Grain's iterator is a cycle that owns semaphores; collected by chance while the next workers are
+                # started, it would call multiprocessing's resource tracker from inside itself, which is an error.
+                gc.collect()
 
     def __enter__(self) -> Self:
         return self
@@ -292,6 +297,16 @@ class Loader:
         """(source, index, epoch) of every example of the global batch, in row order."""
         self._check_step(step)
         return self._ids(self._batches.members(step))
+
+    def lengths(self, step: int) -> np.ndarray:
+        """Positions of every example of the global batch, in row order."""
+        self._check_step(step)
+        return self._batches.per_example("lengths", self._batches.members(step))
+
+    @property
+    def num_positions(self) -> int:
+        """Positions of a global batch, padding included."""
+        return self._batches.rows * self._batches.length
 
     def digest(self, step: int) -> str:
         """A short name for exactly these examples in this order, to compare runs by."""

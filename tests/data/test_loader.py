@@ -1,10 +1,12 @@
 """What a loader promises: the planned batches, on any number of hosts and workers, from any step on."""
 
 import dataclasses
+import gc
 import json
 import multiprocessing
 import os
 from dataclasses import dataclass
+from multiprocessing.synchronize import SemLock
 
 import numpy as np
 import pytest
@@ -160,6 +162,10 @@ def test_rows_hold_the_exact_mixture_at_the_end_of_every_window(packing):
         assert abs(drawn - 0.75 * (step + 1) * 20 * (4 if packing else 1)) < 1
 
 
+def open_semaphores():
+    return [thing for thing in gc.get_objects() if isinstance(thing, SemLock)]
+
+
 def through_json(position):
     return DataPosition(**json.loads(json.dumps(dataclasses.asdict(position))))
 
@@ -185,7 +191,10 @@ def test_worker_processes_resume_to_the_same_batches_and_end_with_the_loader():
         assert all(map(same, [next(loader) for _ in range(3)], expected[1:4]))
         assert loader.get_state().step == 4  # what was served, not what the workers have read ahead
         assert multiprocessing.active_children()
+        assert len(open_semaphores()) > 2
     assert not multiprocessing.active_children()
+    # Left to the garbage collector they would fail in whatever it interrupts; two belong to Grain's own pool of threads.
+    assert len(open_semaphores()) <= 2
 
 
 @pytest.mark.slow
