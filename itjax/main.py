@@ -1,12 +1,21 @@
 """Train: `python -m itjax.main --config=configs/quickstart.py`. Resumes by itself when run_dir holds a checkpoint."""
 
 from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from absl import flags
 
 from itjax import cli
 from itjax.base import freeze
 from itjax.base.schema import Run
+
+if TYPE_CHECKING:
+    from itjax.data.prepare import Data
+    from itjax.parts import Parts
+    from itjax.train.loop import Evaluator
+
+ANSWERS_AT_ONCE = 64  # prompts that are answered together in an evaluation
 
 HELP = """Train a model. Resumes by itself when run_dir holds a checkpoint.
 
@@ -20,66 +29,83 @@ def command(argv: Sequence[str]) -> int:
     if "--help" in argv or "-h" in argv:
         print(HELP)
         return 0
-    train(freeze.load(argv, flags.FlagValues()))
+    train(freeze.load(argv, flags.FlagValues()), config=freeze.config_file(argv))
     return 0
 
 
-def train(run: Run) -> None:
+def train(run: Run, *, config: str) -> None:
     """The whole run: cluster, data, model, training, evaluation, report."""
     import jax  # here and below, so that --help and mistakes in the config answer at once
     from rich.console import Console
 
-    from itjax.evaluation import instructions, likelihood, report
+    from itjax import parts
+    from itjax.base.files import write_whole
+    from itjax.data import manifest
+    from itjax.evaluation import report
     from itjax.parallel import cluster
-    from itjax.setup import prepare_data, set_up
     from itjax.train import loop
 
     cluster.start()
     console = Console(quiet=not cluster.writes())
     loop.check_run_dir(run)
-    data = prepare_data(run, console=console)
-    parts = set_up(run, data)
-    console.print(parts.summary(), highlight=False)
-    with jax.set_mesh(parts.mesh):
-        evaluators = []
-        if data.held:
-            evaluators.append(
-                likelihood.held_out_loss(
-                    parts.model,
-                    data.held,
-                    mesh=parts.mesh,
-                    rows=parts.eval_rows,
-                    length=run.length,
-                    chunk=run.loss.chunk,
-                )
-            )
-        tasks = [held for held in data.held if held.task] if run.evaluation.generate else []
-        answers = None
-        if tasks:
-            answers = instructions.answer_scores(
-                parts.model,
-                tasks,
-                tokenizer=data.tokenizer,
-                fmt=data.format,
-                mesh=parts.mesh,
-                count=run.evaluation.generate,
-                max_tokens=run.evaluation.max_tokens,
-            )
-            evaluators.append(answers)
+    data = parts.prepare_data(run, console=console)
+    built = parts.set_up(run, data)
+    console.print(built.summary(run), highlight=False, soft_wrap=True)
+    if cluster.writes():
+        manifest.write(run.run_dir, data, built.loader)
+        write_whole(Path(run.run_dir) / "tokenizer.model", data.tokenizer.model)
+    with jax.set_mesh(built.mesh):
         loop.train(
             run,
-            model=parts.model,
-            mesh=parts.mesh,
-            loader=parts.loader,
-            evaluators=evaluators,
-            flops_per_step=parts.flops_per_step,
+            model=built.model,
+            mesh=built.mesh,
+            loader=built.loader,
+            evaluators=evaluators(run, data, built),
+            flops=built.flops,
             console=console,
         )
     if cluster.writes():
-        path = report.write(run.run_dir)
-        if tasks:
-            console.print(report.task_table(run.run_dir))
-        console.print(report.next_commands(run.run_dir, path), highlight=False)
+        console.print(report.task_table(run.run_dir) if run.evaluation.generate else report.loss_table(run.run_dir))
+        console.print(f"report: {report.write(run.run_dir)}\n", highlight=False, soft_wrap=True)
+        console.print(report.next_commands(run.run_dir, config=config), highlight=False, soft_wrap=True)
+
+
+def evaluators(run: Run, data: "Data", built: "Parts") -> "list[Evaluator]":
+    """Held-out loss per source, and scored answers where rows come from embedded tasks."""
+    from itjax import parts
+    from itjax.evaluation import instructions, likelihood, report, sampler
+    from itjax.parallel import cluster
+    from itjax.text import chat
+
+    if not data.held:
+        return []
+    rows = parts.eval_rows(run)
+    chosen = [
+        likelihood.held_out_loss(
+            built.model, data.held, mesh=built.mesh, rows=rows, length=run.length, chunk=run.loss.chunk
+        )
+    ]
+    if run.evaluation.generate and any(part.task for part in data.held):
+        generate = sampler.make_sampler(
+            built.model,
+            stop_ids=sorted(chat.stop_ids(data.format, data.tokenizer)),
+            max_tokens=run.evaluation.max_tokens,
+            pad_id=0,
+            vocab=data.tokenizer.size,
+        )
+        chosen.append(
+            instructions.answer_scores(
+                lambda params, prompts: generate(params, prompts, ANSWERS_AT_ONCE),
+                data.held,
+                tokenizer=data.tokenizer,
+                fmt=data.format,
+                count=run.evaluation.generate,
+                keep=lambda step, answers: (
+                    report.save_samples(run.run_dir, step, answers) if cluster.writes() else None
+                ),
+            )
+        )
+    return chosen
 
 
 if __name__ == "__main__":

@@ -291,7 +291,11 @@ def shown(checks: Iterator[Check], console: Console) -> list[Check]:
     for item in checks:
         done.append(item)
         mark = "[green]holds[/]" if item.ok else "[red]FAILS[/]"
-        console.print(f"{mark}  {item.name}  [dim]{item.value:.1e} of {item.tolerance:.0e} allowed[/]", highlight=False)
+        console.print(
+            f"{mark}  {item.name}  [dim]{item.value:.1e} of {item.tolerance:.0e} allowed[/]",
+            highlight=False,
+            soft_wrap=True,
+        )
     failed = [item.name for item in done if not item.ok]
     console.print(f"{len(done) - len(failed)} of {len(done)} hold" + (f"; not: {', '.join(failed)}" if failed else ""))
     return done

@@ -165,7 +165,7 @@ def load(argv: Sequence[str], flag_values: flags.FlagValues) -> schema.Run:
     config_flags.DEFINE_config_file(
         "config", None, "the experiment: a Python file with get_config()", flag_values=flag_values, sys_argv=list(argv)
     )
-    file = _config_file(argv)
+    file = config_file(argv)
     known = _known_paths(file)
     for argument in argv[1:]:
         name = argument.split("=", 1)[0].lstrip("-")
@@ -180,7 +180,8 @@ def load(argv: Sequence[str], flag_values: flags.FlagValues) -> schema.Run:
     return freeze(flag_values.config.to_dict())
 
 
-def _config_file(argv: Sequence[str]) -> str:
+def config_file(argv: Sequence[str]) -> str:
+    """The file that `--config` names."""
     for number, argument in enumerate(argv):
         if argument.startswith("--config="):
             return argument.removeprefix("--config=")

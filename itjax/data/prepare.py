@@ -7,16 +7,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from itjax.base.schema import Run
+from itjax.base.files import write_whole
+from itjax.base.schema import Run, Source
 from itjax.data import cache, sources
 from itjax.data.cache import EncodedSource
 from itjax.data.encode import Encoding
-from itjax.data.sources import RowSource
+from itjax.data.sources import RowSource, Subset
 from itjax.data.tasks import TaskSource
 from itjax.text import formats, tokenizer
 from itjax.text.formats import Format
 from itjax.text.tokenizer import SentencePiece
 
+TOKENIZER_VERSION = 1  # of how an automatic tokenizer is made; a new number makes all of them anew
 TOKENIZER_TEXTS = 200_000  # conversations that an automatic tokenizer is made from, spread evenly over all sources
 
 Progress = Callable[[str, int, int], None]  # (what, done, of how many)
@@ -28,9 +30,8 @@ class HeldOut:
 
     name: str
     template_split: str | None  # "seen" or "heldout" phrasings; None where rows have no templates
-    rows: RowSource
     encoded: EncodedSource
-    task: str = ""  # the embedded family, whose answers can be scored
+    task: TaskSource | None  # the embedded task that the rows come from: its answers can be scored
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class _HeldRows:
     name: str
     template_split: str | None
     rows: RowSource
-    task: str = ""
+    task: TaskSource | None = None
 
 
 def prepare(run: Run, *, progress: Progress) -> Data:
@@ -74,8 +75,19 @@ def prepare(run: Run, *, progress: Progress) -> Data:
         prompt_weight=run.loss.prompt_weight,
     )
 
+    total, before = sum(len(part.rows) for part in [*parts, *held]), 0
+
     def encode(rows: RowSource) -> EncodedSource:
-        return cache.encode_source(rows, encoding, cache_dir=folder, workers=os.cpu_count() or 1, progress=progress)
+        nonlocal before
+        source = cache.encode_source(
+            rows,
+            encoding,
+            cache_dir=folder,
+            workers=os.cpu_count() or 1,
+            progress=lambda done, _: progress("encoding", before + done, total),
+        )
+        before += len(rows)
+        return source
 
     train = [encode(part.rows) for part in parts]
     encoded = [(part, encode(part.rows)) for part in held]
@@ -85,9 +97,7 @@ def prepare(run: Run, *, progress: Progress) -> Data:
         train=tuple(train),
         weights=tuple(part.weight for part in parts),
         held=tuple(
-            HeldOut(part.name, part.template_split, part.rows, source, part.task)
-            for part, source in encoded
-            if len(source)
+            HeldOut(part.name, part.template_split, source, part.task) for part, source in encoded if len(source)
         ),
     )
 
@@ -112,21 +122,16 @@ def _open(run: Run) -> tuple[list[Part], list[_HeldRows]]:
     for name, source in run.sources.items():
         if source.task:
             task = TaskSource(
-                source.task,
-                name=name,
-                examples=source.examples,
-                seed=run.seed,
-                split="train",
-                phrasings=source.phrasings,
+                source.task, examples=source.examples, seed=run.seed, split="train", phrasings=source.phrasings
             )
-            parts.append(Part(task, source.weight))
-            held.extend(_held_tasks(run, name, source.task, source.phrasings))
+            parts.append(Part(_renamed(task, name), source.weight))
+            held.extend(_held_tasks(run, name, source))
             continue
         files = sources.open_files(source.files)
         total = sum(len(rows) for rows in files)
         for rows in files:
-            named = sources.renamed(rows, name if len(files) == 1 else f"{name}/{rows.name}")
-            add_file(named, source.weight and source.weight * len(rows) / total)
+            named = name if len(files) == 1 else f"{name}/{rows.name}"
+            add_file(_renamed(rows, named), source.weight and source.weight * len(rows) / total)
     for rows in sources.open_files(run.eval_files) if run.eval_files else []:
         held.append(_HeldRows(rows.name, None, rows))
     names = [part.rows.name for part in parts]
@@ -136,12 +141,17 @@ def _open(run: Run) -> tuple[list[Part], list[_HeldRows]]:
     return parts, held
 
 
-def _held_tasks(run: Run, name: str, task: str, phrasings: str) -> Iterator[_HeldRows]:
-    for template_split, chosen in (("seen", phrasings), ("heldout", "heldout")):
-        count = max(run.evaluation.examples, run.evaluation.generate)
+def _renamed(rows: RowSource, name: str) -> RowSource:
+    return rows if rows.name == name else Subset(rows, range(len(rows)), name)
+
+
+def _held_tasks(run: Run, name: str, source: Source) -> Iterator[_HeldRows]:
+    """Rows of an embedded task that training never sees, in the phrasings it sees and in those it does not."""
+    count = max(run.evaluation.examples, run.evaluation.generate)
+    for template_split, phrasings in (("seen", source.phrasings), ("heldout", "heldout")):
         if count:
-            rows = TaskSource(task, name=name, examples=count, seed=run.seed, split="eval", phrasings=chosen)
-            yield _HeldRows(name, template_split, rows, task)
+            task = TaskSource(source.task, examples=count, seed=run.seed, split="eval", phrasings=phrasings)
+            yield _HeldRows(name, template_split, _renamed(task, f"{name}/{template_split}"), task)
 
 
 def _tokenizer(run: Run, rows: Sequence[RowSource], *, folder: Path, progress: Progress) -> SentencePiece:
@@ -153,12 +163,12 @@ def _tokenizer(run: Run, rows: Sequence[RowSource], *, folder: Path, progress: P
                 f"config.tokenizer: {run.tokenizer}: no such file; name a SentencePiece model, or use auto to make one"
             )
         return SentencePiece(path)
-    shape: list[Any] = [tokenizer.VERSION, run.vocab_size, TOKENIZER_TEXTS, [source.fingerprint() for source in rows]]
+    shape: list[Any] = [TOKENIZER_VERSION, run.vocab_size, TOKENIZER_TEXTS, [source.fingerprint() for source in rows]]
     key = hashlib.blake2b(repr(shape).encode(), digest_size=16).hexdigest()
     path = folder / "tokenizers" / f"{key}.model"
     if not path.exists():
         model = tokenizer.train(_texts(rows, progress), size=run.vocab_size, controls=formats.CHATML_CONTROLS)
-        cache.write_whole(path, model)
+        write_whole(path, model)
     return SentencePiece(path)
 
 

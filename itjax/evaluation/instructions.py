@@ -7,7 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from itjax.base.records import Conversation
 from itjax.data.prepare import HeldOut
+from itjax.data.tasks import TaskSource
 from itjax.evaluation import tasks
 from itjax.models.model import Params
 from itjax.text import chat
@@ -36,53 +38,69 @@ def answer_scores(
     tokenizer: Tokenizer,
     fmt: Format,
     count: int,
-    keep: Callable[[list[Answer]], None],
-) -> Callable[[Params], list[dict[str, Any]]]:
-    """An evaluator: parameters -> one line per (task, phrasing group, metric), over `count` prompts of each group.
+    keep: Callable[[int, list[Answer]], None],
+) -> Callable[[int, Params], list[dict[str, Any]]]:
+    """An evaluator: (step, parameters) -> one line per (task, phrasing group, metric), over `count` prompts of each group.
 
-    All answers of an evaluation are handed to `keep`, so that a report can show them.
+    All answers of an evaluation are handed to `keep` with the step, so that a report can show them.
     """
+    groups = [_Group.of(part, count) for part in held if part.task]
     prompts = [
-        chat.encode(chat.prompt(part.rows.conversation(index).messages[:-1], fmt), tokenizer)[0].tolist()
-        for part in held
-        for index in range(min(count, len(part.rows)))
+        chat.encode(chat.prompt(conversation.messages[:-1], fmt), tokenizer)[0].tolist()
+        for group in groups
+        for conversation in group.conversations
     ]
 
-    def evaluate(params: Params) -> list[dict[str, Any]]:
+    def evaluate(step: int, params: Params) -> list[dict[str, Any]]:
         completions = iter([tokenizer.decode(ids) for ids in generate(params, prompts)])
         lines, answers = [], []
-        for part in held:
-            group = _answers(part, [next(completions) for _ in range(min(count, len(part.rows)))])
-            lines.extend(_lines(part, group))
-            answers.extend(group)
-        keep(answers)
+        for group in groups:
+            given = _answers(group, [next(completions) for _ in group.conversations])
+            lines.extend(_lines(group, given))
+            answers.extend(given)
+        keep(step, answers)
         return lines
 
     return evaluate
 
 
-def _answers(part: HeldOut, completions: Sequence[str]) -> list[Answer]:
-    rows = [part.rows[index] for index in range(len(completions))]  # type: ignore[index]
-    templates = [part.rows.template(index) for index in range(len(completions))]  # type: ignore[attr-defined]
-    scores = tasks.score_all(part.task, list(zip(rows, templates, completions, strict=True)))
+@dataclass(frozen=True)
+class _Group:
+    """The first prompts of one task in one group of phrasings."""
+
+    name: str
+    template_split: str | None
+    task: TaskSource
+    conversations: tuple[Conversation, ...]
+
+    @classmethod
+    def of(cls, part: HeldOut, count: int) -> "_Group":
+        assert part.task is not None
+        conversations = tuple(part.task.conversation(index) for index in range(min(count, len(part.task))))
+        return cls(part.name, part.template_split, part.task, conversations)
+
+
+def _answers(group: _Group, completions: Sequence[str]) -> list[Answer]:
+    given = [(group.task[index], group.task.template(index), text) for index, text in enumerate(completions)]
     answers = []
-    for index, (completion, score) in enumerate(zip(completions, scores, strict=True)):
-        *asked, reply = part.rows.conversation(index).messages
+    scores = tasks.score_all(group.task.family, given)
+    for conversation, completion, score in zip(group.conversations, completions, scores, strict=True):
+        *asked, reply = conversation.messages
         prompt = "\n\n".join(message.content for message in asked)
-        answers.append(Answer(part.name, templates[index].name, prompt, reply.content, completion, score))
+        answers.append(Answer(group.name, conversation.template, prompt, reply.content, completion, score))
     return answers
 
 
-def _lines(part: HeldOut, answers: Sequence[Answer]) -> list[dict[str, Any]]:
+def _lines(group: _Group, answers: Sequence[Answer]) -> list[dict[str, Any]]:
     values: dict[str, list[float]] = defaultdict(list)
     for answer in answers:
         for metric, value in answer.scores.items():
             values[metric].append(value)
     return [
         {
-            "task": part.name,
+            "task": group.name,
             "split": "heldout",
-            "template_split": part.template_split,
+            "template_split": group.template_split,
             "metric": metric,
             "value": float(np.mean(found)),
             "count": len(found),

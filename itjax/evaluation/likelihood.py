@@ -17,8 +17,8 @@ from itjax.parallel import layout
 
 def held_out_loss(
     model: Model, held: Sequence[HeldOut], *, mesh: Mesh, rows: int, length: int, chunk: int
-) -> Callable[[Params], list[dict[str, Any]]]:
-    """An evaluator: parameters -> one line per source with the mean loss of its held-out tokens, in nats."""
+) -> Callable[[int, Params], list[dict[str, Any]]]:
+    """An evaluator: (step, parameters) -> one line per source with the mean loss of its held-out tokens, in nats."""
     loader = make_loader(
         [part.encoded for part in held],
         weights=[None] * len(held),
@@ -33,11 +33,12 @@ def held_out_loss(
         local_rows=layout.local_rows(mesh, rows),
         workers=0,
     )
+    batches = [loader.batch(step) for step in range(loader.num_steps)]
     loss_fn = sft(model, z_loss=0.0, chunk=chunk, num_sources=len(held))
     sums = jax.jit(lambda params, batch: loss_fn(params, {}, batch))
 
-    def evaluate(params: Params) -> list[dict[str, Any]]:
-        totals = [sums(params, layout.place(loader.batch(step), mesh)) for step in range(loader.num_steps)]
+    def evaluate(step: int, params: Params) -> list[dict[str, Any]]:
+        totals = [sums(params, layout.place(batch, mesh)) for batch in batches]
         loss = np.sum([np.asarray(total.aux["source_loss"], np.float64) for total in totals], axis=0)
         weight = np.sum([np.asarray(total.aux["source_weight"], np.float64) for total in totals], axis=0)
         return [

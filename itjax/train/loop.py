@@ -13,10 +13,11 @@ import optax
 from jax.sharding import Mesh
 
 from itjax.base import freeze
+from itjax.base.files import write_whole
 from itjax.base.records import DataPosition, PackedBatch
 from itjax.base.schema import Run
 from itjax.data.loader import Loader
-from itjax.models.model import Model
+from itjax.models.model import Model, Params, join
 from itjax.objectives.sft import sft
 from itjax.parallel import cluster, layout
 from itjax.train import optimizer
@@ -25,7 +26,7 @@ from itjax.train.state import TrainState, abstract, fresh, state_axes
 from itjax.train.step import Metrics, make_train_step
 from itjax.train.watch import Facts, Watch
 
-Evaluator = Callable[[TrainState], list[dict[str, Any]]]  # lines of metrics.jsonl, less kind and step
+Evaluator = Callable[[int, Params], list[dict[str, Any]]]  # (step, parameters) -> lines of metrics.jsonl
 
 
 class Stopped(Exception):
@@ -80,7 +81,7 @@ def train(
     mesh: Mesh,
     loader: Loader,
     evaluators: Sequence[Evaluator],
-    flops_per_step: Callable[[int], float],
+    flops: Callable[[int], float],
     console: Any,
 ) -> TrainState:
     """Trains until the last step and returns the final state. Call inside `jax.set_mesh(mesh)`.
@@ -108,15 +109,15 @@ def train(
     config = dataclasses.asdict(run)
     with contextlib.closing(watch), contextlib.closing(saved), contextlib.closing(loader), _sigterm() as stop:
         if start == 0 and evaluators:
-            watch.scores(0, [line for evaluate in evaluators for line in evaluate(state)])
+            watch.scores(0, _scores(evaluators, 0, state))
         for number, batch, waited in _batches(loader, start, num_steps):
             state, metrics = compiled.step(state, layout.place(batch, mesh))
-            watch.note(number, metrics, _facts(loader, number, waited, flops_per_step))
+            watch.note(number, metrics, _facts(loader, number, waited, flops))
             is_last = number == num_steps
             is_due = run.evaluation.every and number % run.evaluation.every == 0
             if evaluators and (is_last or is_due):
                 watch.flush()
-                watch.scores(number, [line for evaluate in evaluators for line in evaluate(state)])
+                watch.scores(number, _scores(evaluators, number, state))
             if is_last or stop.is_set or number % run.checkpoint.every == 0:
                 watch.flush()  # the lines up to a checkpoint are on disk before the checkpoint is
                 saved.save(state, loader.get_state(), config)
@@ -129,6 +130,11 @@ def train(
     return state
 
 
+def _scores(evaluators: Sequence[Evaluator], number: int, state: TrainState) -> list[dict[str, Any]]:
+    params = join(state.params, state.frozen)
+    return [line for evaluate in evaluators for line in evaluate(number, params)]
+
+
 def _batches(loader: Loader, start: int, num_steps: int) -> Iterator[tuple[int, PackedBatch, float]]:
     """(number of the step, its batch, seconds waited for it), for the steps that are left."""
     for number in range(start + 1, num_steps + 1):
@@ -137,14 +143,13 @@ def _batches(loader: Loader, start: int, num_steps: int) -> Iterator[tuple[int, 
         yield number, batch, time.perf_counter() - before
 
 
-def _facts(loader: Loader, number: int, waited: float, flops_per_step: Callable[[int], float]) -> Facts:
+def _facts(loader: Loader, number: int, waited: float, flops: Callable[[int], float]) -> Facts:
     step = number - 1  # the loader counts from 0
-    num_tokens, num_positions = loader.tokens(step)
     return Facts(
         epoch=loader.epoch(step),
-        num_tokens=num_tokens,
-        num_positions=num_positions,
-        flops=flops_per_step(step),
+        num_tokens=int(loader.lengths(step).sum()),
+        num_positions=loader.num_positions,
+        flops=flops(step),
         example_ids=loader.digest(step),
         input_wait_seconds=waited,
     )
@@ -188,12 +193,4 @@ def check_run_dir(run: Run) -> None:
         if not changed:
             return
     if cluster.writes():
-        path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, freeze.to_json(run))
-
-
-def write_whole(path: Path, text: str) -> None:
-    """The file with all of the text, or the file as it was: a kill in between leaves no half."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)

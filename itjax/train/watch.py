@@ -217,7 +217,7 @@ class Watch:
     def say(self, text: str) -> None:
         """One line for the person at the terminal."""
         if self._journal:
-            self._console.print(text, highlight=False)
+            self._console.print(text, highlight=False, soft_wrap=True)
 
     def close(self) -> None:
         if self._progress:
