@@ -32,6 +32,7 @@ SHARD = re.compile(r"-\d{5}-of-\d{5}$")
 SHAPES = (
     '{"messages"}, {"instruction", "output"}, {"prompt", "completion"}, {"conversations"} or Natural-Instructions files'
 )
+DEFINITION = re.compile(rb'"Definition"\s*:')  # opens a Natural-Instructions task that is one JSON object
 ROLES = ("system", "user", "assistant", "tool")
 SHAREGPT_ROLES = {
     "system": "system",
@@ -85,6 +86,14 @@ class FileSource:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_unpacked": {}}
 
+    def close(self) -> None:
+        """Lets go of the unpacked copy of a packed file; reading makes it again."""
+        for file in self.__dict__.get("_unpacked", {}).values():
+            file.close()
+        self._unpacked = {}
+
+    __del__ = close
+
     def __len__(self) -> int:
         return int(self._ends[-1])
 
@@ -110,7 +119,8 @@ class FileSource:
         start, size = file.starts[row], file.sizes[row]
         if _is_packed(file.path):
             if number not in self._unpacked:
-                self._unpacked = {number: _open(file.path)}
+                self.close()  # one copy at a time
+                self._unpacked[number] = _open(file.path)
             raw = _slice(self._unpacked[number], start, size)
         else:  # opened for each row: thousands of sources do not hold thousands of open files
             with file.path.open("rb", buffering=0) as opened:
@@ -212,10 +222,7 @@ def _index(path: Path) -> Rows:
     with _open(path) as file:
         head = file.read(BLOCK)
         _check_head(head, path)
-        first_line = head.removeprefix(BOM).lstrip().split(b"\n", 1)[0].strip()
-        if first_line.startswith(b"[") or (first_line.startswith(b"{") and not _is_json(first_line, len(head))):
-            return _index_document(file, path)
-        return _index_lines(file, path)
+        return _index_document(file, path) if _is_document(head) else _index_lines(file, path)
 
 
 def _check_head(head: bytes, path: Path) -> None:
@@ -227,15 +234,19 @@ def _check_head(head: bytes, path: Path) -> None:
         raise ValueError(f"{path}:1: this is gzip; give it a name that ends in .gz")
 
 
-def _is_json(line: bytes, head_size: int) -> bool:
-    """Whether the line is a row by itself. A line too long to have been read whole is one."""
-    if len(line) >= head_size - len(BOM) and head_size == BLOCK:
-        return True
+def _is_document(head: bytes) -> bool:
+    """Whether the whole file is one JSON value; else each line is one."""
+    text = head.removeprefix(BOM).lstrip()
+    first_line, line_end, _ = text.partition(b"\n")
+    if text.startswith(b"[") or not text.startswith(b"{"):
+        return text.startswith(b"[")
+    if not line_end and len(head) == BLOCK:  # the line goes on
+        return DEFINITION.search(first_line) is not None
     try:
-        json.loads(line)
+        row = json.loads(first_line)
     except (ValueError, RecursionError):
-        return line.rstrip().endswith(b"}")  # a broken row, not the opening of a document
-    return True
+        return not first_line.rstrip().endswith(b"}")  # the opening of a document, or a broken row
+    return "Definition" in row and "Instances" in row
 
 
 def _index_lines(file: IO[bytes], path: Path) -> Rows:
