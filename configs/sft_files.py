@@ -21,7 +21,7 @@ def get_config() -> ConfigDict:
             tokenizer="auto",
             vocab_size=4096,
             format="auto",
-            length=512,
+            length=1024,
             rows=8,
             steps=400,
             model="tiny",

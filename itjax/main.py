@@ -49,6 +49,8 @@ def train(run: Run, *, config: str) -> None:
     console = Console(quiet=not cluster.writes())
     loop.check_run_dir(run)
     data = parts.prepare_data(run, console=console)
+    for note in data.notes():
+        console.print(f"data   {note}", highlight=False, soft_wrap=True)
     built = parts.set_up(run, data)
     console.print(built.summary(run), highlight=False, soft_wrap=True)
     if cluster.writes():

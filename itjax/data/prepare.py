@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,7 +51,18 @@ class Data:
     format: Format
     train: tuple[EncodedSource, ...]
     weights: tuple[float | None, ...]
+    empty: tuple[EncodedSource, ...]  # sources of which every row was dropped: left out of training
     held: tuple[HeldOut, ...]
+
+    def notes(self) -> list[str]:
+        """What was not taken as it stands in the files, a line each; nothing when all was."""
+        reports = [source.report for source in (*self.train, *self.empty)]
+        rows = sum(report["rows"] for report in reports)
+        lines = [f"{source.name} is left out: {_why(source)}" for source in self.empty]
+        dropped = sum((Counter(report["dropped"]) for report in reports), Counter())
+        lines += [f"{count:,} of {rows:,} examples dropped: {reason}" for reason, count in dropped.most_common()]
+        truncated = sum(report["truncated"] for report in reports)
+        return [*lines, f"{truncated:,} of {rows:,} examples truncated"] if truncated else lines
 
 
 @dataclass(frozen=True)
@@ -89,17 +101,30 @@ def prepare(run: Run, *, progress: Progress) -> Data:
         before += len(rows)
         return source
 
-    train = [encode(part.rows) for part in parts]
+    train = [(part, encode(part.rows)) for part in parts]
     encoded = [(part, encode(part.rows)) for part in held]
+    kept = [(part, source) for part, source in train if len(source)]
+    if not kept:
+        raise ValueError(
+            f"config.files: no example is left to train on: {'; '.join(_why(source) for _, source in train)}. "
+            f"Raise config.length (now {run.length}) or choose another config.truncation (now {run.truncation!r})"
+        )
     return Data(
         tokenizer=pieces,
         format=fmt,
-        train=tuple(train),
-        weights=tuple(part.weight for part in parts),
+        train=tuple(source for _, source in kept),
+        weights=tuple(part.weight for part, _ in kept),
+        empty=tuple(source for _, source in train if not len(source)),
         held=tuple(
             HeldOut(part.name, part.template_split, source, part.task) for part, source in encoded if len(source)
         ),
     )
+
+
+def _why(source: EncodedSource) -> str:
+    """Why nothing of a source is left."""
+    reasons = ", ".join(f"{count} {reason}" for reason, count in source.report["dropped"].items())
+    return f"{source.name}: of {source.report['rows']} rows dropped {reasons}"
 
 
 def _open(run: Run) -> tuple[list[Part], list[_HeldRows]]:

@@ -146,7 +146,7 @@ def _batches(loader: Loader, start: int, num_steps: int) -> Iterator[tuple[int, 
 def _facts(loader: Loader, number: int, waited: float, flops: Callable[[int], float]) -> Facts:
     step = number - 1  # the loader counts from 0
     return Facts(
-        epoch=loader.epoch(step),
+        epoch=loader.epoch(number),
         num_tokens=int(loader.lengths(step).sum()),
         num_positions=loader.num_positions,
         flops=flops(step),
