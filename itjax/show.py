@@ -32,6 +32,7 @@ from rich.text import Text
 
 from itjax import cli
 from itjax.base import freeze
+from itjax.base.files import write_whole
 from itjax.base.records import PackedBatch
 from itjax.base.schema import Run
 from itjax.data import prepare
@@ -317,9 +318,9 @@ STYLE = """
 .text b[style] { color: var(--text); background: hsl(var(--learned) / calc(var(--w) * .38)); }
 .text b.s { border: 1px solid currentColor; padding: 0 3px; font-size: 12px; }
 .text b:hover { outline: 1px solid var(--c0); }
-.text b:hover::after { content: attr(data-t); position: absolute; left: 0; top: 100%; z-index: 3; white-space: pre;
-  background: var(--text); color: var(--page); padding: 4px 8px; border-radius: 6px; font-size: 12px; line-height: 1.5;
-  pointer-events: none; }
+.text b:hover::after { content: attr(data-t); position: fixed; left: 24px; bottom: 16px; z-index: 3; white-space: pre-wrap;
+  background: var(--text); color: var(--page); padding: 6px 12px; border-radius: 8px; font-size: 13px; line-height: 1.5;
+  max-width: calc(100vw - 48px); pointer-events: none; }
 .text i::before { content: attr(data-sign); font-style: normal; opacity: .45; }
 .legend b { font-weight: 400; padding: 1px 6px; }
 """
@@ -332,7 +333,9 @@ def as_page(rows: Sequence[Row], words: str, tokenizer: Tokenizer) -> str:
         '<b class="s">special token</b></p>'
     )
     body = "\n".join(_row_html(row, tokenizer) for row in rows)
-    head = f'<h1>What the model is trained on</h1><p class="soft">{escape(words)}</p>{legend}'
+    head = (
+        f'<h1>What the model is trained on</h1><p class="soft" style="white-space:pre-line">{escape(words)}</p>{legend}'
+    )
     return page.document("rows as they are trained", f"{head}\n{body}", style=STYLE)
 
 
@@ -394,25 +397,26 @@ def command(argv: Sequence[str]) -> int:
     loader = plan(run, data)
     numbers = chosen(loader, rows_per_step=run.rows, rows=values.rows, step=values.step)
     rows = list(read(loader, data, numbers, rows_per_step=run.rows))
-    words = about(run, loader, values.step)
+    words = about(run, data, loader, values.step)
     if values.html:
         _save(values.html, as_page(rows, words, data.tokenizer))
     if values.json:
         _save(values.json, json.dumps([as_json(row) for row in rows], indent=1) + "\n")
     if not values.html and not values.json:
-        console.print(words, highlight=False)
+        console.print(words, highlight=False, markup=False)
         print_rows(rows, console)
     return 0
 
 
-def about(run: Run, loader: Loader, step: int | None) -> str:
-    """One sentence about the rows, with the digest that names a step's examples in metrics.jsonl."""
+def about(run: Run, data: Data, loader: Loader, step: int | None) -> str:
+    """A few lines about the rows: how full, what was dropped, and the digest that names a step's examples in metrics.jsonl."""
     report = loader.report()
     words = (
         f"{report['examples']:,} examples in {report['num_rows']:,} rows of {run.length}, {run.rows} rows a step; "
         f"fill {percent(report['fill'])}, {percent(report['trained_share'])} of the tokens are learned."
     )
-    return words + (f" Step {step}: example_ids {loader.digest(step - 1)}." if step else "")
+    digest = [f"Step {step}: example_ids {loader.digest(step - 1)}."] if step else []
+    return "\n".join([words, *data.notes(), *digest])
 
 
 def prepared(run: Run) -> Data:
@@ -423,8 +427,7 @@ def prepared(run: Run) -> Data:
 
 
 def _save(path: str, text: str) -> None:
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Path(path).write_text(text, encoding="utf-8")
+    write_whole(Path(path), text)
     print(path)
 
 

@@ -9,25 +9,25 @@ import os
 import shlex
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
+from rich import markup
 from rich.table import Table
 
 from itjax.base import tree
+from itjax.base.files import write_whole
 from itjax.data.tasks import FAMILIES
-from itjax.evaluation import chart, page
+from itjax.evaluation import chart, history, page
 from itjax.evaluation.chart import Curve, percent
+from itjax.evaluation.history import LOSS, History, Key
 from itjax.evaluation.page import escape
-from itjax.evaluation.tasks import PRIMARY
 
 if TYPE_CHECKING:
     from itjax.evaluation.instructions import Answer  # imports jax, which a report does not need
 
 SAMPLES_PER_TASK = 6
 FEW = 12  # sources whose losses are all listed in the terminal; of more, those that fell most and least
-LOSS = "loss"
 PHRASINGS = {"seen": "seen", "heldout": "held-out", None: ""}
 STYLE = """
 .tiles { display: grid; grid-template-columns: repeat(auto-fill, minmax(165px, 1fr)); gap: 12px; margin-top: 18px; }
@@ -43,96 +43,6 @@ STYLE = """
 """
 
 
-# --- what a run directory holds ---------------------------------------------------------------------------------------
-
-
-class Key(NamedTuple):
-    """What an evaluation line measures."""
-
-    task: str
-    template_split: str | None
-    metric: str
-
-
-@dataclass(frozen=True)
-class History:
-    """A run as its directory tells it."""
-
-    path: Path
-    config: Mapping[str, Any]
-    train: Sequence[Mapping[str, Any]]
-    scores: Mapping[Key, Mapping[int, float]]  # by step, in the order of the steps
-    counts: Mapping[Key, int]
-    manifest: Mapping[str, Any]
-    samples: Sequence[Mapping[str, Any]]
-
-    @property
-    def num_steps(self) -> int | None:
-        """Steps that the whole run will have, where that is known."""
-        return self.manifest.get("plan", {}).get("num_steps") or self.config.get("steps") or None
-
-    def family(self, task: str) -> str | None:
-        """The embedded family behind a source's name."""
-        family = (self.config.get("sources") or {}).get(task, {}).get("task") or task
-        return family if family in FAMILIES else None
-
-    def tasks(self) -> list[str]:
-        """Sources whose answers were scored."""
-        return list(dict.fromkeys(key.task for key in self.scores if key.metric != LOSS))
-
-    def primary(self, task: str) -> str:
-        """The metric that speaks for a task."""
-        return PRIMARY.get(self.family(task) or "", "exact_match")
-
-    def losses(self) -> dict[Key, Mapping[int, float]]:
-        return {key: values for key, values in self.scores.items() if key.metric == LOSS}
-
-
-def read(run_dir: str | Path) -> History:
-    """The history of a run, finished or not. Raises ValueError where the folder holds no run, or a damaged one."""
-    path = Path(run_dir)
-    if not (path / "config.json").is_file() and not (path / "metrics.jsonl").is_file():
-        raise ValueError(f"{path}: no config.json and no metrics.jsonl; give the run_dir of a training run")
-    lines = _lines(path / "metrics.jsonl")
-    scores: dict[Key, dict[int, float]] = {}
-    counts: dict[Key, int] = {}
-    for line in sorted((line for line in lines if line["kind"] == "eval"), key=lambda line: line["step"]):
-        if line["value"] is not None:
-            key = Key(line["task"], line["template_split"], line["metric"])
-            scores.setdefault(key, {})[line["step"]] = line["value"]
-            counts[key] = line["count"]
-    return History(
-        path=path,
-        config=_json(path / "config.json"),
-        train=sorted((line for line in lines if line["kind"] == "train"), key=lambda line: line["step"]),
-        scores=scores,
-        counts=counts,
-        manifest=_json(path / "data_manifest.json"),
-        samples=_lines(path / "samples.jsonl"),
-    )
-
-
-def _json(path: Path) -> Mapping[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: not JSON ({error}); the file is damaged, remove it") from error
-
-
-def _lines(path: Path) -> list[dict[str, Any]]:
-    """All whole lines; the last one may be half written by a run that goes on, and will be there next time."""
-    if not path.is_file():
-        return []
-    whole, _, _ = path.read_text(encoding="utf-8").rpartition("\n")
-    found = []
-    for number, line in enumerate(whole.split("\n") if whole else [], start=1):
-        try:
-            found.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}:{number}: not JSON ({error}); the file is damaged, remove the line") from error
-    return found
-
-
 # --- samples ----------------------------------------------------------------------------------------------------------
 
 
@@ -143,10 +53,8 @@ def save_samples(run_dir: str | Path, step: int, answers: Sequence["Answer"]) ->
     for answer in answers:
         by_task.setdefault(answer.task, []).append(answer)
     new = [{"step": step, **vars(answer)} for group in by_task.values() for answer in _spread(group)]
-    kept = [line for line in _lines(path) if line["step"] != step]
-    part = path.with_name(path.name + ".part")
-    part.write_text("".join(json.dumps(line) + "\n" for line in kept + new), encoding="utf-8")
-    part.replace(path)
+    kept = [line for line in history.lines_of(path) if line["step"] != step]
+    write_whole(path, "".join(json.dumps(line) + "\n" for line in kept + new))
 
 
 def _spread(answers: Sequence["Answer"]) -> list["Answer"]:
@@ -160,7 +68,7 @@ def _spread(answers: Sequence["Answer"]) -> list["Answer"]:
 
 def task_table(run_dir: str | Path) -> Table:
     """Each family before and after: its primary metric and valid JSON, on phrasings trained on and on others."""
-    run = read(run_dir)
+    run = history.read(run_dir)
     before, after = _first_and_last([values for key, values in run.scores.items() if key.metric != LOSS])
     table = Table(title=f"answers to held-out questions: step {before} -> step {after}", title_justify="left")
     table.add_column("family")
@@ -171,10 +79,10 @@ def task_table(run_dir: str | Path) -> Table:
         for metric in (run.primary(task), "valid_json"):
             cells = [_change(run.scores.get(Key(task, split, metric)), before) for split in ("seen", "heldout")]
             if any(cells):
-                table.add_row(task, metric.replace("_", " "), *(cell or "-" for cell in cells))
+                table.add_row(markup.escape(task), metric.replace("_", " "), *(cell or "-" for cell in cells))
     table.add_section()
     for words, chosen in (("primary metric", None), ("valid json", "valid_json")):
-        cells = [_change(average(run, split, chosen), before) for split in ("seen", "heldout")]
+        cells = [_change(history.average(run, split, chosen), before) for split in ("seen", "heldout")]
         if any(cells):
             table.add_row("average", words, *(cell or "-" for cell in cells), style="bold")
     return table
@@ -182,19 +90,21 @@ def task_table(run_dir: str | Path) -> Table:
 
 def loss_table(run_dir: str | Path) -> Table:
     """Held-out loss of each source, first and last; of very many sources, those whose loss fell most and least."""
-    run = read(run_dir)
+    run = history.read(run_dir)
     losses = run.losses()
     before, after = _first_and_last(list(losses.values()))
     table = Table(title=f"held-out loss: step {before} -> step {after}", title_justify="left")
     table.add_column("source")
     for title in ("first", "last", "change"):
         table.add_column(title, justify="right")
-    ends = sorted(((_label(key), *_ends(values)) for key, values in losses.items()), key=lambda row: row[2] - row[1])
+    ends = sorted(
+        ((_label(key), *history.ends(values)) for key, values in losses.items()), key=lambda row: row[2] - row[1]
+    )
     listed = ends if len(ends) <= FEW else [*ends[: FEW // 3], *ends[-FEW // 3 :]]
     for number, (name, first, last) in enumerate(listed):
         if len(listed) < len(ends) and number == FEW // 3:
             table.add_row(f"... {len(ends) - len(listed)} between", "", "", "", style="dim")
-        table.add_row(name, *_loss_cells(first, last))
+        table.add_row(markup.escape(name), *_loss_cells(first, last))
     if ends:
         means = [statistics.fmean(column) for column in zip(*(row[1:] for row in ends), strict=True)]
         table.add_section()
@@ -214,33 +124,16 @@ def next_commands(run_dir: str | Path, *, config: str) -> str:
     )
 
 
-def average(run: History, split: str | None, metric: str | None) -> dict[int, float]:
-    """Mean over tasks of a metric (None: the primary one of each), for each step at which all of them were scored."""
-    keys = [Key(task, split, metric or run.primary(task)) for task in run.tasks()]
-    found = [run.scores[key] for key in keys if key in run.scores]
-    return _mean(found)
-
-
-def _mean(found: Sequence[Mapping[int, float]]) -> dict[int, float]:
-    steps = [step for step in (found[0] if found else ()) if all(step in values for values in found)]
-    return {step: statistics.fmean(values[step] for values in found) for step in steps}
-
-
 def _first_and_last(found: Sequence[Mapping[int, float]]) -> tuple[int | str, int | str]:
     steps = [step for values in found for step in values]
     return (min(steps), max(steps)) if steps else ("-", "-")
-
-
-def _ends(values: Mapping[int, float]) -> tuple[float, float]:
-    numbers = list(values.values())
-    return numbers[0], numbers[-1]
 
 
 def _change(values: Mapping[int, float] | None, before: int | str) -> str:
     """`0% -> 97%`; of a metric that was not measured at the first evaluation, the last value alone."""
     if not values:
         return ""
-    first, last = _ends(values)
+    first, last = history.ends(values)
     return f"{percent(first)} -> {percent(last)}" if before in values and len(values) > 1 else percent(last)
 
 
@@ -257,16 +150,15 @@ def _label(key: Key) -> str:
 
 def write(run_dir: str | Path) -> Path:
     """Makes run_dir/report.html and returns its path."""
-    run = read(run_dir)
+    run = history.read(run_dir)
     parts = (_header, _curves, _evaluations, _losses, _mixture, _samples, _settings)
     body = "\n".join(part(run) for part in parts)
     return _save(run.path / "report.html", f"{run.path.name}: training report", body)
 
 
 def _save(path: Path, title: str, body: str) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
     text = page.document(title, body, style=chart.STYLE + STYLE, script=chart.SCRIPT)
-    path.write_text(text, encoding="utf-8")
+    write_whole(path, text)
     return path
 
 
@@ -289,13 +181,13 @@ def _headline(run: History) -> Iterator[tuple[str, str]]:
     losses = [line["loss"] for line in run.train if line["loss"] is not None]
     if losses:
         yield f"training loss, mean of last {len(losses[-20:])}", f"{statistics.fmean(losses[-20:]):.3f}"
-    held = _mean(list(run.losses().values()))
+    held = history.mean(list(run.losses().values()))
     if held:
-        first, last = _ends(held)
+        first, last = history.ends(held)
         yield "held-out loss, mean of sources", _arrow(f"{first:.3f}", f"{last:.3f}", len(held))
     for split, words in (("heldout", "held-out phrasings"), ("seen", "seen phrasings")):
-        if scores := average(run, split, None):
-            first, last = _ends(scores)
+        if scores := history.average(run, split, None):
+            first, last = history.ends(scores)
             yield f"right answers, {words}", _arrow(percent(first), percent(last), len(scores))
     if run.train:
         logged = [line["tokens_per_second"] for line in run.train]
@@ -338,7 +230,7 @@ def _loss_chart(run: History) -> str:
         for key, values in losses.items()
     ]
     if len(curves) > chart.MANY:
-        mean = Curve("mean of sources", list(_mean(list(losses.values())).items()), main=True)
+        mean = Curve("mean of sources", list(history.mean(list(losses.values())).items()), main=True)
         curves = [*curves, mean]
     return chart.plot("Held-out loss", curves)
 
@@ -368,7 +260,7 @@ def _evaluations(run: History) -> str:
             cells = [cell for split in ("seen", "heldout") for cell in _before_after(run, Key(task, split, metric))]
             rows.append([escape(task), escape(metric.replace("_", " ")), *cells])
     strong.append(len(rows))
-    means = [_cells(average(run, split, None)) for split in ("seen", "heldout")]
+    means = [_cells(history.average(run, split, None)) for split in ("seen", "heldout")]
     rows.append(["average", "bold lines above", *means[0], "", *means[1], ""])
     head = ["family", "metric", "seen, before", "after", "answers", "held-out, before", "after", "answers"]
     words = (
@@ -386,7 +278,7 @@ def _cells(values: Mapping[int, float]) -> list[str]:
     """First and last; one evaluation alone is the last."""
     if not values:
         return ["–", "–"]
-    first, last = _ends(values)
+    first, last = history.ends(values)
     return [percent(first) if len(values) > 1 else "–", percent(last)]
 
 
@@ -396,9 +288,11 @@ def _losses(run: History) -> str:
         return _section("Held-out loss", _nothing("No evaluation has been logged yet."))
     rows = []
     for key, values in losses.items():
-        first, last = _ends(values)
+        first, last = history.ends(values)
         rows.append([escape(_label(key)), *_page_loss(first, last), f"{run.counts[key]:,}"])
-    means = [statistics.fmean(column) for column in zip(*(_ends(values) for values in losses.values()), strict=True)]
+    means = [
+        statistics.fmean(column) for column in zip(*(history.ends(values) for values in losses.values()), strict=True)
+    ]
     rows.append([f"mean of {len(losses)}", *_page_loss(*means), f"{sum(run.counts[key] for key in losses):,}"])
     head = ["source", "first", "last", "change", "tokens"]
     before, after = _first_and_last(list(losses.values()))
@@ -493,7 +387,7 @@ def _nothing(words: str) -> str:
 
 def compare(run_dirs: Sequence[str | Path], out: str | Path) -> Path:
     """Several runs beside each other, as one page at `out`: their curves, scores, and the settings that differ."""
-    runs = [read(run_dir) for run_dir in run_dirs]
+    runs = [history.read(run_dir) for run_dir in run_dirs]
     names = _names(runs)
     sections = (_overview, _common_curves, _last_scores, _differing)
     body = f"<h1>{len(runs)} runs</h1>" + "\n".join(section(runs, names) for section in sections)
@@ -533,12 +427,12 @@ def _common_curves(runs: Sequence[History], names: Sequence[str]) -> str:
     charts = [
         chart.plot("Training loss", of_step("loss")),
         chart.plot(
-            "Held-out loss, mean of sources", each(lambda run: list(_mean(list(run.losses().values())).items()))
+            "Held-out loss, mean of sources", each(lambda run: list(history.mean(list(run.losses().values())).items()))
         ),
         *(
             chart.plot(
                 f"Right answers, {words} phrasings",
-                each(lambda run, split=split: list(average(run, split, None).items())),  # type: ignore[misc]
+                each(lambda run, split=split: list(history.average(run, split, None).items())),  # type: ignore[misc]
                 shown=percent,
                 from_zero=True,
                 to_one=True,
@@ -571,7 +465,7 @@ def _last_scores(runs: Sequence[History], names: Sequence[str]) -> str:
 def _last(values: Mapping[int, float] | None, metric: str) -> str:
     if not values:
         return "–"
-    return f"{_ends(values)[1]:.3f}" if metric == LOSS else percent(_ends(values)[1])
+    return f"{history.ends(values)[1]:.3f}" if metric == LOSS else percent(history.ends(values)[1])
 
 
 def _differing(runs: Sequence[History], names: Sequence[str]) -> str:

@@ -312,6 +312,13 @@ def test_the_table_of_losses_shows_the_best_and_the_worst_of_many(tmp_path):
     assert re.search(r"mean of 60 *│ 6.000 │ 3.050 │ -2.950", many)
 
 
+def test_a_name_with_brackets_is_shown_as_it_is(tmp_path):
+    lines = [eval_line(0, "[red]apples[/red]", metric, 0.5) for metric in ("loss", "exact_match")]
+    run = a_run(tmp_path / "mine", lines=lines)
+    assert "[red]apples[/red]" in shown(report.task_table(run))
+    assert "[red]apples[/red]" in shown(report.loss_table(run))
+
+
 def test_a_comparison_shows_what_differs(tmp_path):
     one = a_run(tmp_path / "one")
     two = a_run(tmp_path / "two", dataclasses.replace(QUICKSTART, seed=7), lines=list(family_lines((0, 20))))
