@@ -34,7 +34,7 @@ STYLE = """
 .tile b { display: block; font-size: 21px; white-space: nowrap; line-height: 1.3; font-weight: 650;
   font-variant-numeric: tabular-nums; }
 .tile > span { color: var(--soft); font-size: 13px; }
-.share { display: inline-block; width: 90px; height: 8px; border-radius: 4px; background: var(--chip); margin-left: 8px;
+.share { display: inline-block; width: 36px; height: 8px; border-radius: 4px; background: var(--chip); margin-left: 8px;
   overflow: hidden; } .share i { display: block; height: 100%; background: var(--c0); }
 .sample { margin-bottom: 14px; } .answers { display: grid; grid-template-columns: repeat(auto-fit, minmax(260px, 1fr));
   gap: 12px; margin-top: 10px; } .answers > div { background: var(--chip); border-radius: 8px; padding: 8px 12px; }
