@@ -50,9 +50,9 @@ def train(run: Run, *, config: str) -> None:
     loop.check_run_dir(run)
     data = parts.prepare_data(run, console=console)
     for note in data.notes():
-        console.print(f"data   {note}", highlight=False, soft_wrap=True)
+        console.print(f"data   {note}", highlight=False, markup=False, soft_wrap=True)
     built = parts.set_up(run, data)
-    console.print(built.summary(run), highlight=False, soft_wrap=True)
+    console.print(built.summary(run), highlight=False, markup=False, soft_wrap=True)
     if cluster.writes():
         manifest.write(run.run_dir, data, built.loader)
         write_whole(Path(run.run_dir) / "tokenizer.model", data.tokenizer.model)

@@ -1,7 +1,10 @@
 """From a config to the parts of a run: data, mesh, model, loader. Every command begins here, so all see the same run."""
 
+import hashlib
+import platform
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import jax
 from jax.sharding import Mesh
@@ -11,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from itjax.base import tree
 from itjax.base.freeze import Fault
 from itjax.base.schema import Run
-from itjax.data import prepare
+from itjax.data import cache, prepare
 from itjax.data.loader import Loader, make_loader
 from itjax.data.prepare import Data
 from itjax.models import families
@@ -52,8 +55,32 @@ class Parts:
         )
 
 
+def keep_compiled(run: Run) -> None:
+    """Keeps compiled programs on disk, so that a run that starts again does not compile again.
+
+    Beside the tokenised data, per kind of processor: a home folder may be shared by machines that differ. Left alone
+    where the user has set JAX_COMPILATION_CACHE_DIR.
+    """
+    if not jax.config.values["jax_compilation_cache_dir"]:
+        folder = Path(run.cache_dir) if run.cache_dir else cache.default_dir()
+        jax.config.update("jax_compilation_cache_dir", str(folder / "compiled" / _processor()))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
+def _processor() -> str:
+    """A short name for what this processor can execute."""
+    facts = Path("/proc/cpuinfo")
+    flags = (
+        {line for line in facts.read_text().splitlines() if line.startswith(("flags", "Features"))}
+        if facts.exists()
+        else set()
+    )
+    return hashlib.blake2b(f"{platform.machine()} {sorted(flags)}".encode(), digest_size=8).hexdigest()
+
+
 def prepare_data(run: Run, *, console: Console) -> Data:
     """The data of the run, encoded. One process fills the cache, the others then find it (or fill their own disk's)."""
+    keep_compiled(run)
     with _bars(console) as progress:
         if cluster.writes():
             data = prepare.prepare(run, progress=progress)

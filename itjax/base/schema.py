@@ -120,6 +120,7 @@ class Run:
     sources: Mapping[str, Source] = field(default_factory=dict)
     tokenizer: str = "auto"  # a SentencePiece model; auto: made from the data
     vocab_size: int = bounded(8192, at_least=270)  # of an automatic tokenizer
+    split_digits: bool = True  # of an automatic tokenizer: every digit a token of its own
     format: str = "auto"  # chat format; auto: chatml where the tokenizer has its tokens, else plain
     length: int = bounded(1024, at_least=2)  # positions in a row
     rows: int = bounded(8, at_least=1)  # rows in an optimizer step, all devices and micro-batches together

@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from itjax.base.files import write_whole
 from itjax.base.schema import Run, Source
@@ -87,7 +86,7 @@ def prepare(run: Run, *, progress: Progress) -> Data:
         prompt_weight=run.loss.prompt_weight,
     )
 
-    total, before = sum(len(part.rows) for part in [*parts, *held]), 0
+    total, before = sum(len(part.rows) for part in parts) + sum(len(part.rows) for part in held), 0
 
     def encode(rows: RowSource) -> EncodedSource:
         nonlocal before
@@ -188,11 +187,17 @@ def _tokenizer(run: Run, rows: Sequence[RowSource], *, folder: Path, progress: P
                 f"config.tokenizer: {run.tokenizer}: no such file; name a SentencePiece model, or use auto to make one"
             )
         return SentencePiece(path)
-    shape: list[Any] = [TOKENIZER_VERSION, run.vocab_size, TOKENIZER_TEXTS, [source.fingerprint() for source in rows]]
+    fingerprints = [source.fingerprint() for source in rows]
+    shape = [TOKENIZER_VERSION, run.vocab_size, run.split_digits, TOKENIZER_TEXTS, *fingerprints]
     key = hashlib.blake2b(repr(shape).encode(), digest_size=16).hexdigest()
     path = folder / "tokenizers" / f"{key}.model"
     if not path.exists():
-        model = tokenizer.train(_texts(rows, progress), size=run.vocab_size, controls=formats.CHATML_CONTROLS)
+        model = tokenizer.train(
+            _texts(rows, progress),
+            size=run.vocab_size,
+            controls=formats.CHATML_CONTROLS,
+            split_digits=run.split_digits,
+        )
         write_whole(path, model)
     return SentencePiece(path)
 

@@ -104,8 +104,7 @@ def batch_shards(mesh: Mesh) -> int:
 def local_rows(mesh: Mesh, rows: int) -> list[int]:
     """Which rows of a global batch of `rows` this process must hold, in order."""
     indices = batch_sharding(mesh).addressable_devices_indices_map((rows,))
-    held = {row for (part,) in indices.values() for row in range(*part.indices(rows))}
-    return sorted(held)
+    return sorted({row for index in indices.values() if index for row in range(*index[0].indices(rows))})
 
 
 def place(local: PackedBatch, mesh: Mesh) -> PackedBatch:

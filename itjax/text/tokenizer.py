@@ -108,14 +108,15 @@ class SentencePiece:
         return hashlib.sha256(self.model).hexdigest()
 
 
-def train(texts: Iterable[str], *, size: int, controls: Sequence[str]) -> bytes:
+def train(texts: Iterable[str], *, size: int, controls: Sequence[str], split_digits: bool = True) -> bytes:
     """A SentencePiece model made from texts: byte-pair merges of words, any other text spelt in bytes.
 
     Nothing is normalised, digits stand alone, and a frequent word is one token together with the space before it:
 
         "The answer is 42.\\n"    ["The", " answer", " is", " ", "4", "2", ".", "\\n"]
 
-    The same texts give the same bytes. A corpus too small for `size` tokens gives fewer.
+    Without `split_digits` a frequent number is one token as well. The same texts give the same bytes. A corpus too
+    small for `size` tokens gives fewer.
     """
     _check_size(size, controls)
     words = _count_words(texts)
@@ -132,7 +133,7 @@ def train(texts: Iterable[str], *, size: int, controls: Sequence[str]) -> bytes:
         character_coverage=1.0,
         required_chars=SPACE_MARK,
         byte_fallback=True,
-        split_digits=True,
+        split_digits=split_digits,
         allow_whitespace_only_pieces=True,
         normalization_rule_name="identity",
         add_dummy_prefix=False,

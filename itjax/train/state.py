@@ -1,24 +1,26 @@
 """What a run carries from step to step, and the logical axes of each part of it."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
-from flax import struct
 from jax.sharding import PartitionSpec as P
 
 from itjax.models.model import Axes, Model, Params
 
 
-@struct.dataclass
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
 class TrainState:
     """`params` is what the optimizer moves, `frozen` what it does not ({} when everything is trained).
 
-    Randomness is `fold_in(seed, step)`, so it is no state.
+    Randomness is `fold_in(seed, step)`, so it is no state. The same type holds arrays, their shapes, their logical axes
+    or their shardings.
     """
 
-    step: jax.Array  # () int32: steps taken
+    step: Any  # () int32: steps taken
     params: Params
     frozen: Params
     opt_state: Any

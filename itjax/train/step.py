@@ -76,7 +76,7 @@ def make_train_step(
             "weight": sums.weight,
             "skipped": ~is_sound,
         }
-        return state.replace(step=state.step + 1, params=params, opt_state=opt_state), metrics
+        return TrainState(state.step + 1, params, state.frozen, opt_state), metrics
 
     return train_step
 

@@ -202,7 +202,7 @@ class Watch:
         self._last_read = time.perf_counter()  # the time went into evaluation, not into a step
 
     def _show(self, entry: dict[str, Any]) -> None:
-        if not self._progress:
+        if self._progress is None or self._task is None:
             return
         loss = "not finite" if entry["skipped"] else f"{entry['loss']:.4f}"
         note = f"loss {loss}  {entry['tokens_per_second']:,.0f} tokens/s"
