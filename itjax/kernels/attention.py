@@ -114,7 +114,9 @@ def _read(q_BKGTH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, sees_BTS: ja
     S = k_BKSH.shape[2]
     q_BKQH = q_BKGTH.reshape(B, K, G * T, H)
     scores_BKQS = jnp.einsum("BKQH,BKSH->BKQS", q_BKQH, k_BKSH, preferred_element_type=jnp.float32)
-    scores_BKGTS = jnp.where(sees_BTS[:, None, None], scores_BKQS.reshape(B, K, G, T, S), HIDDEN)
+    # Added and not selected: the backward pass needs no second selection, hidden scores have probability 0 there anyway.
+    hidden_B11TS = jnp.where(sees_BTS, 0.0, HIDDEN)[:, None, None]
+    scores_BKGTS = scores_BKQS.reshape(B, K, G, T, S) + hidden_B11TS
     highest_BKGT1 = jax.lax.stop_gradient(scores_BKGTS.max(axis=-1, keepdims=True))
     exp_BKGTS = jnp.exp(scores_BKGTS - highest_BKGT1)
     total_BKGT1 = exp_BKGTS.sum(axis=-1, keepdims=True)

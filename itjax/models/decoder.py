@@ -88,8 +88,10 @@ class Table(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    def __init__(self, config: ModelConfig, *, dtype: str, attention: str, remat: str, rngs: nnx.Rngs) -> None:
-        self.config, self.dtype, self.attention, self.remat = config, dtype, attention, remat
+    def __init__(
+        self, config: ModelConfig, *, dtype: str, attention: str, remat: str, unroll: int, rngs: nnx.Rngs
+    ) -> None:
+        self.config, self.dtype, self.attention, self.remat, self.unroll = config, dtype, attention, remat, unroll
         self.embed = Table(config, rngs)
         # One Block, every parameter of which leads with a dimension of layers.
         keys = jax.random.split(rngs.params(), config.layers)
@@ -111,7 +113,7 @@ class Decoder(nnx.Module):
         if self.remat != "none":
             # A scan does not merge a recomputation with the original, so the guard against that is not needed.
             layer = jax.checkpoint(layer, policy=POLICIES[self.remat], prevent_cse=False)
-        x_BTD, _ = jax.lax.scan(layer, self._embed(tokens_BT), self.layers)
+        x_BTD, _ = jax.lax.scan(layer, self._embed(tokens_BT), self.layers, unroll=self.unroll)
         return self.final_norm(x_BTD)
 
     def step(self, cache: Cache, tokens_BT: jax.Array) -> tuple[jax.Array, Cache]:
@@ -137,7 +139,7 @@ class Decoder(nnx.Module):
 
         start = (self._embed(tokens_BT), cache.k_LBKSH, cache.v_LBKSH)
         numbers_L = jnp.arange(self.config.layers)
-        (x_BTD, k_LBKSH, v_LBKSH), _ = jax.lax.scan(layer, start, (numbers_L, self.layers))
+        (x_BTD, k_LBKSH, v_LBKSH), _ = jax.lax.scan(layer, start, (numbers_L, self.layers), unroll=self.unroll)
         return self.final_norm(x_BTD), Cache(k_LBKSH, v_LBKSH, cache.filled + T, cache.start_B)
 
     def unembed(self, x_D: jax.Array) -> jax.Array:

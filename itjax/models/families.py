@@ -1,7 +1,7 @@
 """Presets: the numbers of published decoders, and of two small ones to train from nothing."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from itjax.base import schema
@@ -92,7 +92,7 @@ def matmul_parameters(config: ModelConfig) -> int:
     return config.layers * (attention + 3 * config.dim * config.ffn) + config.dim * config.vocab
 
 
-def train_flops(config: ModelConfig, lengths: Sequence[int]) -> float:
+def train_flops(config: ModelConfig, lengths: Iterable[int]) -> float:
     """Useful FLOPs of forward and backward on examples of these lengths: nothing for padding, recomputation or other
     examples in the row; attention by the scores that causality leaves."""
     per_token = 6.0 * matmul_parameters(config)
