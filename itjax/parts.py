@@ -42,6 +42,10 @@ class Parts:
     def summary(self, run: Run) -> str:
         """A few lines that say what will be trained, on what, where."""
         report = self.loader.report()
+        copies = layout.batch_copies(self.mesh, run.rows // run.accumulate)
+        waste = (
+            f"; {copies} devices compute the same rows, as they do not divide: see config.rows" if copies > 1 else ""
+        )
         shape = " x ".join(f"{axis} {size}" for axis, size in self.mesh.shape.items() if size > 1) or "one device"
         size = tree.num_elements(self.model.abstract)
         return (
@@ -51,7 +55,7 @@ class Parts:
             f"steps  {self.loader.num_steps:,} of {run.rows} rows in {run.accumulate} micro-batch"
             f"{'es' if run.accumulate > 1 else ''}\n"
             f"mesh   {shape}, {jax.device_count()} {jax.devices()[0].device_kind}, {jax.process_count()} process"
-            f"{'es' if jax.process_count() > 1 else ''}"
+            f"{'es' if jax.process_count() > 1 else ''}{waste}"
         )
 
 
@@ -116,7 +120,6 @@ class _bars:
 def set_up(run: Run, data: Data) -> Parts:
     """Mesh, model and loader of the run. Raises ValueError naming the setting that does not fit the others."""
     mesh = mesh_for(run.parallel)
-    check_rows(run, mesh)
     config = model_config(run, data)
     model = build(config, dtype=dtype(run), attention=run.attention, remat=run.remat)
     return Parts(config, model, mesh, loader_for(run, data, mesh))
@@ -139,17 +142,6 @@ def model_config(run: Run, data: Data) -> ModelConfig:
             f"set it to {size} or more, or leave it out"
         )
     return families.resolve(run.model, run.architecture, vocab=vocab)
-
-
-def check_rows(run: Run, mesh: Mesh) -> None:
-    """Every micro-batch must give every device along the batch axes the same number of rows."""
-    shards = layout.batch_shards(mesh)
-    if (run.rows // run.accumulate) % shards:
-        each = shards * run.accumulate
-        raise Fault(
-            f"config.rows: {run.rows} rows in {run.accumulate} micro-batches do not divide over {shards} devices; "
-            f"try --config.rows={-(-run.rows // each) * each}"
-        )
 
 
 def loader_for(run: Run, data: Data, mesh: Mesh) -> Loader:

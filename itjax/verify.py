@@ -128,9 +128,16 @@ def gradient(run: Run, model: Model, batch: PackedBatch, *, mesh: Mesh, accumula
             grads, total = grad_sums(loss_fn, state, batch, accumulate)
             return total.loss / total.weight, jax.tree.map(lambda g: g / total.weight, grads)
 
-        placed = layout.place(jax.tree.map(lambda x: x[layout.local_rows(mesh, len(x))], batch), mesh)
+        placed = place(batch, mesh)
         loss, grads = jax.jit(sums, out_shardings=whole)(parameters(run, model, mesh), placed)
         return Outcome(float(loss), jax.tree.map(lambda g: np.asarray(g, np.float64), grads))
+
+
+def place(batch: PackedBatch, mesh: Mesh) -> PackedBatch:
+    """A whole batch, which every process has, as global arrays."""
+    rows = len(batch.tokens_BT)
+    held = layout.local_rows(mesh, rows)
+    return layout.place(jax.tree.map(lambda x: x[held], batch), mesh, rows=rows)
 
 
 def parameters(run: Run, model: Model, mesh: Mesh) -> Any:
@@ -167,9 +174,7 @@ def leak(run: Run, model: Model, config: ModelConfig, batch: PackedBatch, mesh: 
         )
 
         def run_on(tokens: np.ndarray) -> np.ndarray:
-            full = batch._replace(tokens_BT=tokens)
-            local = jax.tree.map(lambda x: x[layout.local_rows(mesh, len(x))], full)
-            return np.asarray(logits(params, layout.place(local, mesh)), np.float64)
+            return np.asarray(logits(params, place(batch._replace(tokens_BT=tokens), mesh)), np.float64)
 
         before, after = run_on(batch.tokens_BT), run_on(changed)
     assert np.abs(before - after)[segments == 1].max() > 0, "the change must be seen in its own document"

@@ -38,7 +38,7 @@ def held_out_loss(
     sums = jax.jit(lambda params, batch: loss_fn(params, {}, batch))
 
     def evaluate(step: int, params: Params) -> list[dict[str, Any]]:
-        totals = [sums(params, layout.place(batch, mesh)) for batch in batches]
+        totals = [sums(params, layout.place(batch, mesh, rows=rows)) for batch in batches]
         loss = np.sum([np.asarray(total.aux["source_loss"], np.float64) for total in totals], axis=0)
         weight = np.sum([np.asarray(total.aux["source_weight"], np.float64) for total in totals], axis=0)
         return [

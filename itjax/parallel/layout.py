@@ -90,26 +90,30 @@ def shardings(axes: Any, mesh: Mesh, shapes: Any) -> Any:
     return jax.tree.map(one, axes, shapes, is_leaf=lambda leaf: isinstance(leaf, PartitionSpec))
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Rows of a batch over the batch axes, positions whole."""
-    axes = tuple(axis for axis in RULES["batch"] if mesh.shape[axis] > 1)
-    return NamedSharding(mesh, PartitionSpec(axes or None))
+def batch_sharding(mesh: Mesh, rows: int) -> NamedSharding:
+    """Rows of a batch over the batch axes that divide them, positions whole."""
+    return NamedSharding(mesh, spec(("batch",), (rows,), dict(mesh.shape), RULES))
 
 
-def batch_shards(mesh: Mesh) -> int:
-    """Into how many parts the mesh cuts the rows of a batch."""
-    return math.prod(mesh.shape[axis] for axis in RULES["batch"])
+def batch_copies(mesh: Mesh, rows: int) -> int:
+    """How many devices along the batch axes compute the same rows, because the axes do not divide them; 1 is none."""
+    shards = math.prod(mesh.shape[axis] for axis in RULES["batch"])
+    return shards // (rows // batch_sharding(mesh, rows).shard_shape((rows,))[0])
 
 
 def local_rows(mesh: Mesh, rows: int) -> list[int]:
     """Which rows of a global batch of `rows` this process must hold, in order."""
-    indices = batch_sharding(mesh).addressable_devices_indices_map((rows,))
+    indices = batch_sharding(mesh, rows).addressable_devices_indices_map((rows,))
     return sorted({row for index in indices.values() if index for row in range(*index[0].indices(rows))})
 
 
-def place(local: PackedBatch, mesh: Mesh) -> PackedBatch:
-    """This process's rows of a batch (numpy) as its part of the global arrays."""
-    sharding = batch_sharding(mesh)
+def place(local: PackedBatch, mesh: Mesh, *, rows: int) -> PackedBatch:
+    """This process's rows of a global batch of `rows` (numpy) as its part of the global arrays."""
+    sharding = batch_sharding(mesh, rows)
     if jax.process_count() == 1:
         return jax.device_put(local, sharding)
-    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), local)
+
+    def globally(x_BT: np.ndarray) -> jax.Array:
+        return jax.make_array_from_process_local_data(sharding, x_BT, (rows, *x_BT.shape[1:]))
+
+    return jax.tree.map(globally, local)

@@ -111,7 +111,7 @@ def train(
         if start == 0 and evaluators:
             watch.scores(0, _scores(evaluators, 0, state))
         for number, batch, waited in _batches(loader, start, num_steps):
-            state, metrics = compiled.step(state, layout.place(batch, mesh))
+            state, metrics = compiled.step(state, layout.place(batch, mesh, rows=run.rows))
             watch.note(number, metrics, _facts(loader, number, waited, flops))
             is_last = number == num_steps
             is_due = run.evaluation.every and number % run.evaluation.every == 0

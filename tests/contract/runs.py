@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -42,17 +43,12 @@ def environment(*, devices: int = 1, **more: str) -> dict[str, str]:
 
 
 def start(
-    run_dir: Path,
-    *,
-    devices: int = 1,
-    module: str = "itjax.main",
-    env: dict[str, str] | None = None,
-    **settings: object,
-):
+    run_dir: Path, *, devices: int = 1, module: str = "itjax.main", more: Sequence[str] = (), **settings: object
+) -> subprocess.Popen:
     """The command, started."""
     return subprocess.Popen(
-        [sys.executable, "-m", module, *arguments(run_dir, **settings)],
-        env=environment(devices=devices, **(env or {})),
+        [sys.executable, "-m", module, *arguments(run_dir, **settings), *more],
+        env=environment(devices=devices),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

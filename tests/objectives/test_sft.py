@@ -171,7 +171,7 @@ for shape, remat in [((1, 1, 1), "none"), ((2, 2, 2), "none"), ((1, 4, 2), "full
         placed = layout.shardings(model.axes, mesh, model.abstract)
         step = jax.jit(jax.value_and_grad(lambda p, b: loss_fn(p, {}, b).loss), out_shardings=(None, placed))
         params = jax.device_put(model.init(jax.random.key(0)), placed)
-        loss, grads = jax.device_get(step(params, layout.place(batch, mesh)))
+        loss, grads = jax.device_get(step(params, layout.place(batch, mesh, rows=len(batch.tokens_BT))))
     wanted = wanted or (loss, grads)
     assert abs(loss / wanted[0] - 1) < 1e-6, (shape, remat, loss, wanted[0])
     for path, grad in tree.flatten(wanted[1]).items():

@@ -20,5 +20,10 @@ def test_sizes_that_do_not_fit_the_devices_are_an_error(parallel):
 
 def test_one_process_holds_every_row():
     mesh = mesh_for(Parallel(data=2, fsdp=2, tensor=2))
-    assert layout.batch_shards(mesh) == 4
+    assert layout.batch_copies(mesh, 8) == 1
     assert layout.local_rows(mesh, 8) == list(range(8))
+
+
+def test_rows_that_the_devices_do_not_divide_are_computed_by_several():
+    assert layout.batch_copies(mesh_for(Parallel(data=8)), 4) == 8
+    assert layout.batch_copies(mesh_for(Parallel(data=4, fsdp=2)), 4) == 2

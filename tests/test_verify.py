@@ -1,0 +1,56 @@
+"""The verify command: everything holds on a small run, and each kind of fault is seen."""
+
+import json
+
+import numpy as np
+import pytest
+
+from itjax import verify
+from itjax.base.records import PackedBatch
+from tests.contract import runs
+
+
+def test_every_check_holds_on_eight_devices(tmp_path):
+    out = tmp_path / "checks.json"
+    process = runs.start(tmp_path / "run", devices=8, module="itjax.verify", more=[f"--json={out}"], rows=8)
+    assert "full rematerialization" not in runs.finish(process)
+    result = json.loads(out.read_text())
+    names = [check["name"] for check in result["checks"]]
+    assert result["ok"]
+    for claim in ("unpacked", "2 micro-batches", "mesh data 2 x fsdp 2 x tensor 2", "more padding", "remat full"):
+        assert any(claim in name for name in names), claim
+    assert all(check["ok"] for check in result["checks"])
+
+
+def row(*segments: int) -> np.ndarray:
+    return np.array([segments], np.int32)
+
+
+BATCH = PackedBatch(
+    tokens_BT=row(11, 12, 21, 0),
+    targets_BT=row(12, 13, 22, 0),
+    segments_BT=row(1, 1, 2, 0),
+    positions_BT=row(0, 1, 0, 0),
+    weights_BT=row(0, 1, 1, 0).astype(np.float32),
+    source_BT=row(0, 0, 0, 0),
+)
+
+
+def test_unpacked_puts_every_segment_alone():
+    alone = verify.unpacked(BATCH, 2)
+    assert alone.tokens_BT.tolist() == [[11, 12, 0, 0], [21, 0, 0, 0]]
+    assert alone.segments_BT.tolist() == [[1, 1, 0, 0], [1, 0, 0, 0]]
+    assert alone.positions_BT.tolist() == [[0, 1, 0, 0], [0, 0, 0, 0]]
+    assert alone.weights_BT.sum() == BATCH.weights_BT.sum()
+
+
+def test_a_mesh_shape_is_any_product_of_the_devices():
+    assert len(verify.mesh_shapes(8)) == 10
+    assert all(a * b * c == 8 for a, b, c in verify.mesh_shapes(8))
+
+
+def test_distance_is_relative_to_the_gradient():
+    one = verify.Outcome(2.0, {"a": np.array([3.0, 4.0])})
+    other = verify.Outcome(2.0, {"a": np.array([3.0, 4.5])})
+    assert verify.distance(one, other) == pytest.approx(0.1)
+    assert not verify.check("x", float("nan"), 1.0).ok
