@@ -18,7 +18,7 @@ from itjax.text import formats, tokenizer
 from itjax.text.formats import Format
 from itjax.text.tokenizer import SentencePiece
 
-TOKENIZER_VERSION = 1  # of how an automatic tokenizer is made; a new number makes all of them anew
+TOKENIZER_VERSION = 2  # of how an automatic tokenizer is made; a new number makes all of them anew
 TOKENIZER_TEXTS = 200_000  # conversations that an automatic tokenizer is made from, spread evenly over all sources
 
 Progress = Callable[[str, int, int], None]  # (what, done, of how many)

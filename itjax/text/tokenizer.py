@@ -25,7 +25,11 @@ SPECIALS = ("<pad>", "<unk>", "<s>", "</s>")
 WHOLE = ("\n", "\t")  # always a token of their own, so that no word is learned together with a line break
 NUM_BYTES = 256
 BUDGET = 32_000_000  # characters that are counted in full; of every further stretch as long, half as many texts
-WORD = re.compile(f" ?[^ \n\t\0{SPACE_MARK}{UNKNOWN_MARK}]{{1,64}}| +(?= )| +")
+MARKS = "!-/:-@\\[-`{-~"  # ASCII punctuation, as ranges of a character class
+# Letters, digits and punctuation are words of their own, so that `58`, ` 58` and `58,` share the token of the number.
+WORD = re.compile(
+    f" ?[^ \n\t\0{SPACE_MARK}{UNKNOWN_MARK}0-9{MARKS}]{{1,64}}| ?[0-9]{{1,64}}| ?[{MARKS}]{{1,64}}| +(?= )| +"
+)
 
 
 class Tokenizer(Protocol):
