@@ -1,12 +1,14 @@
 """Small and true: a decoder of two layers, and rows packed by hand."""
 
+import functools
 from collections.abc import Sequence
 
+import jax
 import numpy as np
 
 from itjax.base.records import PackedBatch, TokenizedExample
 from itjax.models.families import ModelConfig
-from itjax.models.model import Model, build
+from itjax.models.model import Model, Params, build
 
 TINY = ModelConfig(
     vocab=96, layers=2, dim=32, heads=4, kv_heads=2, head_size=8, ffn=48, rope_theta=1e4, norm_eps=1e-5,
@@ -14,10 +16,17 @@ TINY = ModelConfig(
 )  # fmt: skip
 
 
+@functools.cache  # so that tests share what is compiled
 def tiny_model(
     config: ModelConfig = TINY, *, dtype: str = "float32", attention: str = "auto", remat: str = "none"
 ) -> Model:
     return build(config, dtype=dtype, attention=attention, remat=remat)
+
+
+@functools.cache
+def tiny_params(config: ModelConfig = TINY, *, seed: int = 0) -> Params:
+    """Drawn once; the same for every dtype, attention and remat. Not to be changed in place."""
+    return tiny_model(config).init(jax.random.key(seed))
 
 
 def example(seed: int, *, length: int, vocab: int = TINY.vocab) -> TokenizedExample:

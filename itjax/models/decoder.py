@@ -4,7 +4,7 @@ B rows, T positions, D width, N query heads, K key/value heads, H head size, F f
 S slots of a cache.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import jax
@@ -17,6 +17,7 @@ from itjax.models.layers import Norm, Projection, angles, draw, rope
 from itjax.parallel.layout import pin
 
 Turns = tuple[jax.Array, jax.Array]
+Keys = Iterator[jax.Array]
 Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]  # (q_BTNH, k_BTKH, v_BTKH) -> o_BTNH
 
 RESIDUAL = ("batch", "length", "embed")
@@ -37,12 +38,12 @@ class Cache(NamedTuple):
 
 
 class Attention(nnx.Module):
-    def __init__(self, config: ModelConfig, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: ModelConfig, keys: Keys) -> None:
         D, N, K, H = config.dim, config.heads, config.kv_heads, config.head_size
-        self.q = Projection((D, N, H), ("embed", "heads", "head_size"), contract=1, gain=1.0, rngs=rngs)
-        self.k = Projection((D, K, H), ("embed", "kv_heads", "head_size"), contract=1, gain=1.0, rngs=rngs)
-        self.v = Projection((D, K, H), ("embed", "kv_heads", "head_size"), contract=1, gain=1.0, rngs=rngs)
-        self.o = Projection((N, H, D), ("heads", "head_size", "embed"), contract=2, gain=_gain(config), rngs=rngs)
+        self.q = Projection((D, N, H), ("embed", "heads", "head_size"), contract=1, gain=1.0, key=next(keys))
+        self.k = Projection((D, K, H), ("embed", "kv_heads", "head_size"), contract=1, gain=1.0, key=next(keys))
+        self.v = Projection((D, K, H), ("embed", "kv_heads", "head_size"), contract=1, gain=1.0, key=next(keys))
+        self.o = Projection((N, H, D), ("heads", "head_size", "embed"), contract=2, gain=_gain(config), key=next(keys))
 
     def __call__(self, x_BTD: jax.Array, turns: Turns, attend: Attend) -> jax.Array:
         q_BTNH = pin(rope(self.q(x_BTD), turns), "batch", "length", "heads", "head_size")
@@ -55,11 +56,11 @@ class Attention(nnx.Module):
 class Mlp(nnx.Module):
     """SwiGLU: one product gates the other."""
 
-    def __init__(self, config: ModelConfig, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: ModelConfig, keys: Keys) -> None:
         D, F = config.dim, config.ffn
-        self.gate = Projection((D, F), ("embed", "ffn"), contract=1, gain=1.0, rngs=rngs)
-        self.up = Projection((D, F), ("embed", "ffn"), contract=1, gain=1.0, rngs=rngs)
-        self.down = Projection((F, D), ("ffn", "embed"), contract=1, gain=_gain(config), rngs=rngs)
+        self.gate = Projection((D, F), ("embed", "ffn"), contract=1, gain=1.0, key=next(keys))
+        self.up = Projection((D, F), ("embed", "ffn"), contract=1, gain=1.0, key=next(keys))
+        self.down = Projection((F, D), ("ffn", "embed"), contract=1, gain=_gain(config), key=next(keys))
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         gate_BTF = pin(self.gate(x_BTD), "batch", "length", "ffn")
@@ -68,11 +69,12 @@ class Mlp(nnx.Module):
 
 
 class Block(nnx.Module):
-    def __init__(self, config: ModelConfig, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: ModelConfig, key: jax.Array) -> None:
+        keys = iter(jax.random.split(key, 7))
         self.attn_norm = Norm(config.dim, eps=config.norm_eps)
-        self.attn = Attention(config, rngs)
+        self.attn = Attention(config, keys)
         self.mlp_norm = Norm(config.dim, eps=config.norm_eps)
-        self.mlp = Mlp(config, rngs)
+        self.mlp = Mlp(config, keys)
 
     def __call__(self, x_BTD: jax.Array, turns: Turns, attend: Attend) -> jax.Array:
         x_BTD = pin(x_BTD + self.attn(self.attn_norm(x_BTD), turns, attend), *RESIDUAL)
@@ -82,23 +84,23 @@ class Block(nnx.Module):
 class Table(nnx.Module):
     """One vector per token id: the embedding, and the head."""
 
-    def __init__(self, config: ModelConfig, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: ModelConfig, key: jax.Array) -> None:
         shape = (config.vocab, config.dim)
-        self.kernel = nnx.Param(draw(rngs, shape, fan_in=config.dim), axes=("vocab", "embed"))
+        self.kernel = nnx.Param(draw(key, shape, fan_in=config.dim), axes=("vocab", "embed"))
 
 
 class Decoder(nnx.Module):
     def __init__(
-        self, config: ModelConfig, *, dtype: str, attention: str, remat: str, unroll: int, rngs: nnx.Rngs
+        self, config: ModelConfig, *, dtype: str, attention: str, remat: str, unroll: int, key: jax.Array
     ) -> None:
         self.config, self.dtype, self.attention, self.remat, self.unroll = config, dtype, attention, remat, unroll
-        self.embed = Table(config, rngs)
+        keys = jax.random.split(key, 2 + config.layers)
+        self.embed = Table(config, keys[0])
         # One Block, every parameter of which leads with a dimension of layers.
-        keys = jax.random.split(rngs.params(), config.layers)
-        self.layers = jax.vmap(lambda key: Block(config, nnx.Rngs(params=key)))(keys)
+        self.layers = jax.vmap(lambda key: Block(config, key))(keys[2:])
         self.final_norm = Norm(config.dim, eps=config.norm_eps)
         if not config.tie_embeddings:
-            self.head = Table(config, rngs)
+            self.head = Table(config, keys[1])
 
     def features(self, tokens_BT: jax.Array, positions_BT: jax.Array, segments_BT: jax.Array) -> jax.Array:
         """What the head reads at each position, (B, T, D)."""

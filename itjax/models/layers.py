@@ -14,10 +14,10 @@ class Projection(nnx.Module):
     """y = x · kernel. The kernel's first `contract` dimensions meet the last ones of x; both may have several."""
 
     def __init__(
-        self, shape: tuple[int, ...], axes: tuple[str, ...], *, contract: int, gain: float, rngs: nnx.Rngs
+        self, shape: tuple[int, ...], axes: tuple[str, ...], *, contract: int, gain: float, key: jax.Array
     ) -> None:
         self.contract = contract
-        self.kernel = nnx.Param(draw(rngs, shape, fan_in=math.prod(shape[:contract])) * gain, axes=axes)
+        self.kernel = nnx.Param(draw(key, shape, fan_in=math.prod(shape[:contract])) * gain, axes=axes)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         kernel = self.kernel[...].astype(x.dtype)
@@ -40,9 +40,9 @@ class Norm(nnx.Module):
         return (wide_BTD * self.scale[...][None, None]).astype(x_BTD.dtype)
 
 
-def draw(rngs: nnx.Rngs, shape: tuple[int, ...], *, fan_in: int) -> jax.Array:
+def draw(key: jax.Array, shape: tuple[int, ...], *, fan_in: int) -> jax.Array:
     """Normal numbers that keep the size of what they are multiplied with."""
-    return jax.random.normal(rngs.params(), shape) * fan_in**-0.5
+    return jax.random.normal(key, shape) * fan_in**-0.5
 
 
 def angles(positions_BT: jax.Array, *, head_size: int, theta: float) -> tuple[jax.Array, jax.Array]:

@@ -52,8 +52,7 @@ def build(config: ModelConfig, *, dtype: str, attention: str, remat: str) -> Mod
     unroll = config.layers if platform == "cpu" and config.layers <= UNROLLED_ON_CPU else 1
 
     def make(key: jax.Array) -> Decoder:
-        rngs = nnx.Rngs(params=key)
-        return Decoder(config, dtype=dtype, attention=implementation, remat=remat, unroll=unroll, rngs=rngs)
+        return Decoder(config, dtype=dtype, attention=implementation, remat=remat, unroll=unroll, key=key)
 
     graph, state = nnx.split(nnx.eval_shape(make, jax.random.key(0)))
 

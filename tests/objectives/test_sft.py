@@ -25,7 +25,7 @@ APART = fakes.packed([[one] for one in EXAMPLES], length=12)
 
 def sums_and_grads(model: Model, *batches: PackedBatch, chunk: int = 16, z_loss: float = 0.0, num_sources: int = 0):
     """Sums and gradient of batches of one shape, added up."""
-    params = model.init(jax.random.key(0))
+    params = fakes.tiny_params(model.config)
     loss_fn = sft(model, z_loss=z_loss, chunk=chunk, num_sources=num_sources)
 
     def total(params, batch):
@@ -88,7 +88,7 @@ def test_recomputing_activations_changes_nothing(packed, remat):
 
 def test_the_loss_is_the_plain_sum_over_all_logits():
     model = fakes.tiny_model()
-    params, z_loss = model.init(jax.random.key(0)), 1e-2
+    params, z_loss = fakes.tiny_params(), 1e-2
 
     def plain(params):
         logits = model.unembed(params, model.features(params, PACKED).x_BTD)
@@ -124,8 +124,7 @@ def test_losses_per_source_add_up_to_the_loss():
 
 
 def test_adapters_and_their_base_are_joined():
-    model = fakes.tiny_model()
-    params = model.init(jax.random.key(0))
+    model, params = fakes.tiny_model(), fakes.tiny_params()
     moving = {"final_norm": params["final_norm"]}
     frozen = {name: part for name, part in params.items() if name != "final_norm"}
     assert jax.tree.structure(join(moving, frozen)) == jax.tree.structure(params)
@@ -161,7 +160,7 @@ from tests import fakes
 
 config = dataclasses.replace(fakes.TINY, tie_embeddings=False, layers=9)  # a loop, as on accelerators
 batch = fakes.packed([[fakes.example(row, length=20), fakes.example(row + 9, length=9)] for row in range(8)], length=32)
-wanted = None
+wanted, drawn = None, fakes.tiny_params(config)
 for shape, remat in [((1, 1, 1), "none"), ((2, 2, 2), "none"), ((1, 4, 2), "full"), ((1, 1, 8), "none")]:
     devices = np.array(jax.devices()[: int(np.prod(shape))]).reshape(shape)
     mesh = Mesh(devices, ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
@@ -170,7 +169,7 @@ for shape, remat in [((1, 1, 1), "none"), ((2, 2, 2), "none"), ((1, 4, 2), "full
     with jax.set_mesh(mesh):
         placed = layout.shardings(model.axes, mesh, model.abstract)
         step = jax.jit(jax.value_and_grad(lambda p, b: loss_fn(p, {}, b).loss), out_shardings=(None, placed))
-        params = jax.device_put(model.init(jax.random.key(0)), placed)
+        params = jax.device_put(drawn, placed)
         loss, grads = jax.device_get(step(params, layout.place(batch, mesh, rows=len(batch.tokens_BT))))
     wanted = wanted or (loss, grads)
     assert abs(loss / wanted[0] - 1) < 1e-6, (shape, remat, loss, wanted[0])
