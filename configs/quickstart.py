@@ -8,28 +8,27 @@ Prints exact match per family before and after, on phrasings that it was trained
 from ml_collections import ConfigDict
 
 from itjax.base.freeze import thaw
-from itjax.base.schema import Architecture, Checkpoint, Evaluation, Loss, Optimizer, Run, Source
+from itjax.base.schema import Checkpoint, Evaluation, Optimizer, Run, Source
 
 
 def get_config() -> ConfigDict:
     return thaw(
         Run(
             run_dir="runs/quickstart",
-            steps=1500,
+            steps=4000,
             sources={
-                "triage": Source(task="triage", examples=8000),
-                "arithmetic": Source(task="arithmetic", examples=8000),
-                "functions": Source(task="functions", examples=8000),
-                "support": Source(task="support", examples=8000),
+                "triage": Source(task="triage", examples=16000),
+                "arithmetic": Source(task="arithmetic", examples=16000),
+                "functions": Source(task="functions", examples=16000),
+                "support": Source(task="support", examples=16000),
             },
-            vocab_size=1024,
+            vocab_size=1536,
+            split_digits=False,
             length=256,
-            rows=8,
+            rows=4,
             model="tiny",
-            architecture=Architecture(),
-            loss=Loss(chunk=2048),
-            optimizer=Optimizer(learning_rate=6e-3, warmup=0.03, weight_decay=0.0),
-            evaluation=Evaluation(every=500, examples=64, generate=64, max_tokens=128),
-            checkpoint=Checkpoint(every=250),
+            optimizer=Optimizer(learning_rate=6e-3, warmup=0.03, b2=0.98, weight_decay=0.01),
+            evaluation=Evaluation(every=2000, examples=96, generate=96, max_tokens=96),
+            checkpoint=Checkpoint(every=500),
         )
     )

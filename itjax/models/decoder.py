@@ -155,7 +155,7 @@ class Decoder(nnx.Module):
 
     def _embed(self, tokens_BT: jax.Array) -> jax.Array:
         table_VD = pin(self.embed.kernel[...].astype(self.dtype), "vocab", None)  # whole over D, as rows are read
-        return pin(jnp.take(table_VD, tokens_BT, axis=0), *RESIDUAL)
+        return pin(jnp.take(table_VD, tokens_BT, axis=0) * self.config.embed_scale, *RESIDUAL)
 
     def _turns(self, positions_BT: jax.Array) -> Turns:
         return angles(positions_BT, head_size=self.config.head_size, theta=self.config.rope_theta)

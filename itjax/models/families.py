@@ -22,6 +22,7 @@ class ModelConfig:
     rope_theta: float
     norm_eps: float
     tie_embeddings: bool
+    embed_scale: float = 1.0  # what embeddings are multiplied with before the first layer
 
 
 # Vocabularies here are the published ones; `resolve` takes the tokenizer's.
@@ -29,8 +30,8 @@ class ModelConfig:
 # preset is only its shape, trained from nothing, and the plain frequencies serve.
 PRESETS: dict[str, ModelConfig] = {
     "tiny": ModelConfig(
-        vocab=1024, layers=4, dim=96, heads=4, kv_heads=2, head_size=24, ffn=256, rope_theta=1e4, norm_eps=1e-5,
-        tie_embeddings=True,
+        vocab=1024, layers=3, dim=64, heads=4, kv_heads=4, head_size=16, ffn=160, rope_theta=1e4, norm_eps=1e-5,
+        tie_embeddings=True, embed_scale=3.2,  # a small model copies words sooner when they enter louder
     ),
     "small": ModelConfig(
         vocab=8192, layers=4, dim=256, heads=8, kv_heads=4, head_size=32, ffn=704, rope_theta=1e4, norm_eps=1e-5,
