@@ -1,0 +1,75 @@
+"""State, position and config in one commit; restored onto the same mesh or another, bit for bit."""
+
+import contextlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from itjax.base import schema
+from itjax.base.records import DataPosition
+from itjax.parallel import layout
+from itjax.parallel.mesh import mesh_for
+from itjax.train import optimizer
+from itjax.train.checkpoint import Checkpoints
+from itjax.train.state import TrainState, abstract, fresh, state_axes
+from tests.fakes import tiny_model
+
+TX = optimizer.adamw(schema.Optimizer(weight_decay=0.1))
+SETTINGS = schema.Checkpoint(keep=2, asynchronous=False)
+
+
+def placed(parallel: schema.Parallel) -> tuple[TrainState, TrainState]:
+    """A state on a mesh, and its abstract twin with shardings."""
+    model, mesh = tiny_model(), mesh_for(parallel)
+    shapes = abstract(model, TX)
+    shardings = layout.shardings(state_axes(model.axes, model.abstract, TX, {}), mesh, shapes)
+    state = jax.device_put(fresh(model.init(jax.random.key(0)), {}, TX), shardings)
+    return state, jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+
+
+def save(folder, state, step):
+    with contextlib.closing(Checkpoints(folder, SETTINGS)) as saved:
+        saved.save(
+            TrainState(jnp.int32(step), state.params, {}, state.opt_state), DataPosition(step, "plan"), {"steps": 9}
+        )
+
+
+def test_moments_lie_where_their_parameters_lie():
+    state, _ = placed(schema.Parallel(data=2, fsdp=2, tensor=2))
+    adam = next(part for part in state.opt_state if hasattr(part, "mu"))
+    for moments in (adam.mu, adam.nu):
+        same = jax.tree.map(lambda p, m: p.sharding == m.sharding, state.params, moments)
+        assert all(jax.tree.leaves(same))
+    assert any(not x.sharding.is_fully_replicated for x in jax.tree.leaves(state.params))
+
+
+@pytest.mark.parametrize("parallel", [schema.Parallel(data=1, fsdp=4, tensor=2), schema.Parallel(data=8)])
+def test_a_state_restores_onto_any_mesh(tmp_path, parallel):
+    state, _ = placed(schema.Parallel(data=2, fsdp=2, tensor=2))
+    save(tmp_path, state, 4)
+    _, like = placed(parallel)
+    with contextlib.closing(Checkpoints(tmp_path, SETTINGS)) as saved:
+        restored, position = saved.restore(4, like)
+    assert position == DataPosition(4, "plan")
+    assert restored.step == 4
+    for before, after, wanted in zip(*map(jax.tree.leaves, (state.params, restored.params, like.params)), strict=True):
+        np.testing.assert_array_equal(before, after)
+        assert after.sharding == wanted.sharding
+
+
+def test_the_newest_are_kept_and_the_latest_is_found(tmp_path):
+    state, _ = placed(schema.Parallel())
+    for step in (1, 2, 5):
+        save(tmp_path, state, step)
+    with contextlib.closing(Checkpoints(tmp_path, SETTINGS)) as saved:
+        assert saved.latest() == 5
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["2", "5"]
+
+
+def test_an_older_step_is_refused_aloud(tmp_path):
+    state, _ = placed(schema.Parallel())
+    save(tmp_path, state, 5)
+    with pytest.raises(ValueError, match="/4: not saved, step 5 is there already"):
+        save(tmp_path, state, 4)
