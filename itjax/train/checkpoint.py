@@ -43,19 +43,15 @@ class Checkpoints:
     def save(self, state: TrainState, position: DataPosition, config: dict) -> None:
         """Saves the state under its step number. Raises what an earlier save that ran behind the steps came to."""
         step = position.step
-        saved = self._manager.save(
+        self._manager.save(
             step,
             args=ocp.args.Composite(
                 state=ocp.args.StandardSave(state),
                 data=ocp.args.JsonSave(dataclasses.asdict(position)),
                 config=ocp.args.JsonSave(config),
             ),
-            force=True,
+            force=True,  # without it a step that is not newer than the latest is declined in silence
         )
-        if not saved:  # Orbax declines in silence a step that is not newer than the latest
-            raise ValueError(
-                f"{self.folder}/{step}: not saved, step {self.latest()} is there already; use another run_dir"
-            )
 
     def restore(self, step: int, like: TrainState) -> tuple[TrainState, DataPosition]:
         """The state of a committed step, with the shapes, dtypes and shardings of the abstract state `like`."""
