@@ -37,7 +37,7 @@ $(VENV)/.dev: pyproject.toml | $(VENV)/bin/python
 	touch $@ $(VENV)/.run
 
 lock: $(VENV)/.dev  ## versions that developers agree on: requirements-dev.lock
-	$(RUN) -m pip freeze --exclude-editable --quiet > requirements-dev.lock
+	$(RUN) -m pip freeze --exclude-editable > requirements-dev.lock
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

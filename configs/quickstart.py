@@ -27,7 +27,7 @@ def get_config() -> ConfigDict:
             length=256,
             rows=4,
             model="tiny",
-            optimizer=Optimizer(learning_rate=6e-3, warmup=0.03, b2=0.98, weight_decay=0.01),
+            optimizer=Optimizer(learning_rate=3e-3, warmup=0.03, b2=0.98, weight_decay=0.01),
             evaluation=Evaluation(every=2000, examples=96, generate=96, max_tokens=96),
             checkpoint=Checkpoint(every=500),
         )

@@ -57,6 +57,6 @@ def test_sigterm_saves_the_current_step_and_exits_143(tmp_path, uninterrupted):
 def test_other_settings_are_refused_with_the_difference(tmp_path):
     runs.finish(runs.start(tmp_path / "run", steps=1))
     out = runs.finish(runs.start(tmp_path / "run", steps=1, optimizer__learning_rate=0.5), code=2)
-    assert "optimizer.learning_rate: 0.006 -> 0.5" in out
+    assert "optimizer.learning_rate: 0.003 -> 0.5" in out
     assert "--config.allow_change=True" in out
     assert "Traceback" not in out
