@@ -39,9 +39,9 @@ def written_out(x, head, targets, weights, *, z_loss, vocab=VOCAB):
     return loss, (by_logits @ head[:vocab]).reshape(ROWS, LENGTH, DIM), by_head
 
 
-@pytest.mark.parametrize("chunk", [1, 8, 50, 51, 1000])
-@pytest.mark.parametrize("z_loss", [0.0, 1e-2])
-@pytest.mark.parametrize("shards", [1, 3])
+@pytest.mark.parametrize(
+    "chunk, z_loss, shards", [(1, 1e-2, 1), (8, 0.0, 1), (8, 1e-2, 1), (1000, 1e-2, 1), (5, 1e-2, 3)]
+)
 def test_value_and_gradients_are_those_of_softmax_written_out(chunk, z_loss, shards):
     x, head, targets, weights = inputs()
     loss, grads = jax.value_and_grad(
