@@ -3,7 +3,7 @@
     python -m itjax.main --config=configs/sft_files.py --config.files='data/*.jsonl' --config.run_dir=runs/mine
 
 Every file is a source with a held-out loss of its own. The tokenizer is made from the files unless one is named.
-The default model (0.5 M parameters with this vocabulary) trains on a laptop; --config.model=small has 5 M, and
+The default model (0.4 M parameters with this vocabulary) trains on a laptop; --config.model=small has 5 M, and
 itjax/models/families.py the others.
 """
 

@@ -1,5 +1,6 @@
 """Train: `python -m itjax.main --config=configs/quickstart.py`. Resumes by itself when run_dir holds a checkpoint."""
 
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -29,12 +30,17 @@ def command(argv: Sequence[str]) -> int:
     if "--help" in argv or "-h" in argv:
         print(HELP)
         return 0
-    train(freeze.load(argv, flags.FlagValues()), config=freeze.config_file(argv))
+    run = freeze.load(argv, flags.FlagValues())
+    overrides = [shlex.quote(argument) for argument in argv if argument.startswith("--config.")]
+    train(run, config=" ".join([freeze.config_file(argv), *overrides]))
     return 0
 
 
 def train(run: Run, *, config: str) -> None:
-    """The whole run: cluster, data, model, training, evaluation, report."""
+    """The whole run: cluster, data, model, training, evaluation, report.
+
+    `config` is the file with its overrides, as the commands to try next name them.
+    """
     import jax  # here and below, so that --help and mistakes in the config answer at once
     from rich.console import Console
 
