@@ -16,9 +16,12 @@ def uninterrupted(tmp_path_factory):
 
 
 def kill_after(process, run_dir, lines: int, seconds: float) -> None:
-    """Ends the process for certain, some time after metrics.jsonl has so many lines."""
+    """Ends the process for certain, some time after metrics.jsonl has so many lines and the first checkpoint is there."""
     limit = time.monotonic() + 120
-    while runs.num_lines(run_dir) < lines and process.poll() is None and time.monotonic() < limit:
+    committed = run_dir / "checkpoints" / "4"
+    while runs.num_lines(run_dir) < lines or not committed.exists():
+        if process.poll() is not None or time.monotonic() > limit:
+            break
         time.sleep(0.002)
     time.sleep(seconds)
     process.kill()
