@@ -15,7 +15,7 @@ from itjax.base import tree
 from itjax.base.freeze import Fault
 from itjax.base.schema import Run
 from itjax.data import cache, prepare
-from itjax.data.loader import Loader, make_loader
+from itjax.data.loader import Loader
 from itjax.data.prepare import Data
 from itjax.models import families
 from itjax.models.families import ModelConfig
@@ -146,20 +146,7 @@ def model_config(run: Run, data: Data) -> ModelConfig:
 
 def loader_for(run: Run, data: Data, mesh: Mesh) -> Loader:
     """The loader of this process: the rows that its devices hold."""
-    return make_loader(
-        data.train,
-        weights=data.weights,
-        length=run.length,
-        rows=run.rows,
-        steps=run.steps or None,
-        epochs=run.epochs or None,
-        window=run.window,
-        seed=run.seed,
-        packing=run.packing,
-        reduction=run.loss.reduction,
-        local_rows=layout.local_rows(mesh, run.rows),
-        workers=run.workers,
-    )
+    return prepare.loader(run, data, local_rows=layout.local_rows(mesh, run.rows), workers=run.workers)
 
 
 def eval_rows(run: Run) -> int:

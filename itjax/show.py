@@ -36,7 +36,7 @@ from itjax.base.files import write_whole
 from itjax.base.records import PackedBatch
 from itjax.base.schema import Run
 from itjax.data import prepare
-from itjax.data.loader import Loader, Placed, make_loader
+from itjax.data.loader import Loader, Placed
 from itjax.data.prepare import Data
 from itjax.evaluation import page
 from itjax.evaluation.chart import percent
@@ -162,20 +162,7 @@ def segments(example: Example) -> list[dict[str, Any]]:
 
 def plan(run: Run, data: Data) -> Loader:
     """The loader of training, for one process that reads all rows."""
-    return make_loader(
-        data.train,
-        weights=data.weights,
-        length=run.length,
-        rows=run.rows,
-        steps=run.steps or None,
-        epochs=run.epochs or None,
-        window=run.window,
-        seed=run.seed,
-        packing=run.packing,
-        reduction=run.loss.reduction,
-        local_rows=range(run.rows),
-        workers=0,
-    )
+    return prepare.loader(run, data, local_rows=range(run.rows), workers=0)
 
 
 def chosen(loader: Loader, *, rows_per_step: int, rows: int | None, step: int | None) -> range:

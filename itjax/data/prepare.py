@@ -12,6 +12,7 @@ from itjax.base.schema import Run, Source
 from itjax.data import cache, sources
 from itjax.data.cache import EncodedSource
 from itjax.data.encode import Encoding
+from itjax.data.loader import Loader, make_loader
 from itjax.data.sources import RowSource, Subset
 from itjax.data.tasks import TaskSource
 from itjax.text import formats, tokenizer
@@ -117,6 +118,24 @@ def prepare(run: Run, *, progress: Progress) -> Data:
         held=tuple(
             HeldOut(part.name, part.template_split, source, part.task) for part, source in encoded if len(source)
         ),
+    )
+
+
+def loader(run: Run, data: Data, *, local_rows: Sequence[int], workers: int) -> Loader:
+    """The batches of a run, for a process that needs these rows of each."""
+    return make_loader(
+        data.train,
+        weights=data.weights,
+        length=run.length,
+        rows=run.rows,
+        steps=run.steps or None,
+        epochs=run.epochs or None,
+        window=run.window,
+        seed=run.seed,
+        packing=run.packing,
+        reduction=run.loss.reduction,
+        local_rows=local_rows,
+        workers=workers,
     )
 
 

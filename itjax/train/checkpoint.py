@@ -20,7 +20,6 @@ class Checkpoints:
             max_to_keep=settings.keep,
             enable_async_checkpointing=settings.asynchronous,
             cleanup_tmp_directories=True,  # what a killed save left behind
-            step_prefix=None,
         )
         handlers = {
             STATE: ocp.StandardCheckpointHandler(),

@@ -79,8 +79,3 @@ def make_train_step(
         return TrainState(state.step + 1, params, state.frozen, opt_state), metrics
 
     return train_step
-
-
-def make_eval_step(loss_fn: LossFn) -> Callable[[TrainState, PackedBatch], LossSums]:
-    """(state, batch) -> sums, for held-out loss: the same objective, so training and evaluation agree on what is averaged."""
-    return lambda state, batch: loss_fn(state.params, state.frozen, batch)
