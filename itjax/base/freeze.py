@@ -41,7 +41,8 @@ def thaw(value: Any) -> config_dict.ConfigDict:
         if dataclasses.is_dataclass(item):
             item = thaw(item)
         elif isinstance(item, Mapping):
-            item = config_dict.ConfigDict({name: thaw(entry) for name, entry in item.items()})
+            entries = {name: thaw(entry) if dataclasses.is_dataclass(entry) else entry for name, entry in item.items()}
+            item = config_dict.ConfigDict(entries)
             item.unlock()  # names are the user's
         elif item is None:
             item = config_dict.placeholder(_required(hints[field.name]))
@@ -139,19 +140,25 @@ def contradictions(run: schema.Run) -> None:
         )
     if not run.files and not run.sources:
         raise Fault("config.files: no data; name files, e.g. --config.files='data/*.jsonl', or set config.sources")
-    for name, source in run.sources.items():
-        if bool(source.files) == bool(source.task):
-            raise Fault(
-                f"config.sources.{name}: set either files or task (files={source.files!r}, task={source.task!r})"
-            )
-        if source.task and not source.examples:
-            raise Fault(f"config.sources.{name}.examples: 0 rows of task {source.task!r}; set how many to draw")
+    _contradictions_of_sources(run.sources, path="config.sources")
     free = [axis for axis in ("data", "fsdp", "tensor") if getattr(run.parallel, axis) == -1]
     if len(free) > 1:
         raise Fault(f"config.parallel: {' and '.join(free)} are both -1; only one axis can take what is left")
     for axis in ("data", "fsdp", "tensor"):
         if getattr(run.parallel, axis) == 0:
             raise Fault(f"config.parallel.{axis}: 0 devices; use 1 for no split, -1 for what is left")
+
+
+def _contradictions_of_sources(sources: Mapping[str, schema.Source], *, path: str) -> None:
+    for name, source in sources.items():
+        if sum(map(bool, (source.files, source.task, source.sources))) != 1:
+            raise Fault(
+                f"{path}.{name}: set one of files, task and sources "
+                f"(files={source.files!r}, task={source.task!r}, sources={sorted(source.sources)})"
+            )
+        if source.task and not source.examples:
+            raise Fault(f"{path}.{name}.examples: 0 rows of task {source.task!r}; set how many to draw")
+        _contradictions_of_sources(source.sources, path=f"{path}.{name}.sources")
 
 
 # --- the command line -------------------------------------------------------------------------------------------------

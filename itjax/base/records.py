@@ -17,9 +17,19 @@ class Message:
     role: str  # "system", "user", "assistant" or "tool"
     content: str
     learn: bool | float | None = None
-    name: str | None = None
-    tool_calls: tuple[Mapping[str, Any], ...] = ()
+    name: str | None = None  # of the tool that answers
+    tool_calls: tuple["ToolCall", ...] = ()
+    tool_call_id: str | None = None  # the call that a tool answers
     reasoning: str | None = None
+
+
+@dataclass(frozen=True)
+class ToolCall:
+    """What an assistant asks a tool to do. `arguments` are as the row has them: an object, or JSON in a text."""
+
+    name: str
+    arguments: Any
+    id: str | None = None
 
 
 @dataclass(frozen=True)
@@ -34,6 +44,23 @@ class Conversation:
     key: str
     template: str = ""
     tags: Mapping[str, str] = field(default_factory=dict)
+    tools: tuple[Mapping[str, Any], ...] = ()  # functions the assistant may call, as the row declares them
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What a stage of the audit says of one example, in words that can be counted and never quote the data."""
+
+    key: str  # of the example: `path:line`
+    source: str
+    stage: str  # "exact_duplicates", "personal", ...
+    reason: str  # "email", "near-duplicate", "answer is empty"
+    action: str  # "drop", "mask" or "tag"
+    message: int | None = None  # which turn, from 0, and which stretch of its content
+    start: int = 0
+    stop: int = 0
+    other: str = ""  # key of the example that it repeats, or of the evaluation item that it leaks
+    score: float | None = None  # similarity, coverage, probability
 
 
 @dataclass(frozen=True)

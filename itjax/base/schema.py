@@ -15,20 +15,79 @@ def bounded(default: Any, **bounds: Any) -> Any:
 
 
 REDUCTIONS = ("token", "example", "source")
-TRUNCATIONS = ("drop", "keep_start", "keep_end", "error")
+TRUNCATIONS = ("drop", "keep_start", "keep_end", "middle_out", "proportional", "drop_oldest_turns", "error")
+LEARN = ("all", "last", "flag")
+BAD_ROWS = ("error", "skip")
+UNITS = ("examples", "tokens", "trained_tokens")
+RATES = ("proportional", "equal", "unimax")
+EXHAUSTED = ("repeat", "stop", "drop")
 SCHEDULES = ("constant", "linear", "cosine")
 REMAT = ("none", "dots", "full")
 
 
 @dataclass(frozen=True)
+class Stage:
+    """Other weights from an optimizer step on: a curriculum is a few of these."""
+
+    start: int = bounded(0, at_least=0)  # the first step (from 0) that these weights are for
+    weights: Mapping[str, float] = field(default_factory=dict)  # source -> weight; one that is not named keeps its own
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """How often each source comes. An explicit `weight` of a source stands; `rates` divides the rest.
+
+    A size is a source's number of examples, tokens or trained tokens: `unit`.
+    """
+
+    unit: str = bounded("examples", choices=UNITS)  # what weights and rates are shares of
+    rates: str = bounded("proportional", choices=RATES)  # of sources without a weight
+    cap: float | None = bounded(None, above=0)  # K: a larger source counts as this large
+    temperature: float = bounded(1.0, above=0)  # T: size^(1/T); above 1 lifts small sources
+    budget: float | None = bounded(None, above=0)  # UniMax: how much is drawn in all, in `unit`
+    max_epochs: float = bounded(4.0, above=0)  # UniMax: passes over a source at most
+    exhausted: str = bounded("repeat", choices=EXHAUSTED)  # when a source has had its `max_epochs`
+    stages: Mapping[str, Stage] = field(default_factory=dict)  # name -> stage, in the order of their starts
+
+
+@dataclass(frozen=True)
 class Source:
-    """Where rows come from: files on disk, or an embedded task family."""
+    """Where rows come from: files on disk, an embedded task family, or a mixture of further sources."""
 
     files: str = ""  # globs, separated by commas
     task: str = ""  # an embedded family: "triage", "arithmetic", "functions", "support"
-    examples: int = bounded(0, at_least=0)  # how many rows to draw from an embedded family
-    phrasings: str = "seen"  # which phrasings of an embedded family: "seen", "heldout", "all" or one name
-    weight: float | None = bounded(None, above=0)  # share of examples; None: proportional to the number of rows
+    sources: Mapping[str, "Source"] = field(default_factory=dict)  # a nested mixture, weighted by `mixture`
+    mixture: Mixture = field(default_factory=Mixture)  # of the nested sources
+    examples: int = bounded(0, at_least=0)  # how many rows: of an embedded family; of files at most (0: all)
+    weight: float | None = bounded(None, above=0)  # share, in the mixture's unit; None: the mixture's rates decide
+    max_epochs: float | None = bounded(None, above=0)  # passes at most; None: as many as it takes
+
+    # what a row's fields mean
+    shape: str = "auto"  # messages, instruction, prompt, sharegpt, oasst, natural_instructions; auto: by looking
+    columns: Mapping[str, str] = field(default_factory=dict)  # field -> column of the file that holds it
+
+    # how rows are asked
+    kind: str = ""  # a kind of task of the library: "qa", "classification", "translation", ...
+    templates: str = ""  # files of one's own template family, instead of `kind`
+    phrasings: str = "seen"  # which phrasings: "seen", "heldout", "all" or one name
+    few_shot: int = bounded(0, at_least=0)  # worked examples before a question, at most
+    inverted: float = bounded(0.0, at_least=0, at_most=1)  # share of examples whose answer is asked for its question
+
+
+@dataclass(frozen=True)
+class Filters:
+    """What is looked for in the data when it is audited, or filtered for training. See `Run.filters`."""
+
+    duplicates_of: str = bounded("both", choices=("prompt", "response", "both"))  # what makes two rows the same
+    similarity: float = bounded(0.8, above=0, at_most=1)  # Jaccard of word 5-grams from which rows are near-duplicates
+    leakage_files: str = ""  # evaluation files that must not be trained on: globs, separated by commas
+    coverage: float = bounded(0.5, at_least=0, at_most=1)  # leaked: more than this share is covered by shared 8-grams
+    personal: str = bounded("mask", choices=("drop", "mask", "tag"))  # what becomes of personal data
+    toxic: str = bounded("drop", choices=("drop", "tag"))  # what becomes of toxic rows
+    word_lists: str = ""  # files of words that make a text toxic, one a line; globs, separated by commas
+    min_tokens: int = bounded(1, at_least=0)  # words of an answer at least
+    max_repetition: float = bounded(0.5, at_least=0, at_most=1)  # share of an answer that repeats itself, at most
+    languages: tuple[str, ...] = ()  # ISO 639-1 codes of the languages kept; empty: all
 
 
 @dataclass(frozen=True)
@@ -118,10 +177,18 @@ class Run:
     files: str = ""  # globs separated by commas; a source per file, beside `sources`
     eval_files: str = ""  # held-out data; empty: a few rows of each source are held out
     sources: Mapping[str, Source] = field(default_factory=dict)
+    mixture: Mixture = field(default_factory=Mixture)  # of all sources
+    bad_rows: str = bounded("error", choices=BAD_ROWS)  # rows that cannot be read or written in the format
+    max_bad_rows: float = bounded(0.01, at_least=0, at_most=1)  # share of a source that may be skipped
+    filters: tuple[str, ...] = ()  # stages of the audit that rows must pass to be trained on, in order
+    audit: Filters = field(default_factory=Filters)  # what those stages look for
     tokenizer: str = "auto"  # a SentencePiece model; auto: made from the data
     vocab_size: int = bounded(8192, at_least=270)  # of an automatic tokenizer
     split_digits: bool = True  # of an automatic tokenizer: every digit a token of its own
     format: str = "auto"  # chat format; auto: chatml where the tokenizer has its tokens, else plain
+    learn: str = bounded(
+        "all", choices=LEARN
+    )  # assistant turns that are learned: all, the last, or where a flag says so
     length: int = bounded(1024, at_least=2)  # positions in a row
     rows: int = bounded(8, at_least=1)  # rows in an optimizer step, all devices and micro-batches together
     accumulate: int = bounded(1, at_least=1)  # micro-batches in a step

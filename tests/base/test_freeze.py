@@ -55,7 +55,7 @@ WRONG = {
     "--config.epochs=2": "steps=3 and epochs=2.0 are both set",
     "--config.steps=0": "neither steps nor epochs is set",
     "--config.accumulate=3": "8 rows do not divide into 3 micro-batches; try --config.rows=9",
-    "--config.sources.a.files=x.jsonl": "config.sources.a: set either files or task",
+    "--config.sources.a.files=x.jsonl": "config.sources.a: set one of files, task and sources",
     "--config.sources.a.examples=0": "config.sources.a.examples: 0 rows",
     "--config.parallel.fsdp=-1": "data and fsdp are both -1",
     "--config.parallel.tensor=0": "config.parallel.tensor: 0 devices",
