@@ -5,6 +5,12 @@
     offsets  [ 0, 5, 8]
     lengths  [ 4, 2]                                positions: one less than tokens
 
+A source may come in several editions: the same rows again in other words, one edition behind the other. Row number
+e * R + i of a source of R rows is row i in edition e, and `edition_ends` says where each edition's examples end:
+
+    rows         [0, 2, 3 | 4, 5, 7]                two editions of four rows, two dropped
+    edition_ends [3, 6]
+
 A cache is a folder whose name ends in a hash of everything that shapes it. It is built beside its place and renamed, so
 it is whole or absent.
 """
@@ -31,7 +37,7 @@ from itjax.base.records import TokenizedExample
 from itjax.data.encode import Dropped, Encoding, encode_many
 from itjax.data.sources import RowSource
 
-VERSION = 1  # of the code that shapes tokens and of the files; a new number makes all caches anew
+VERSION = 2  # of the code that shapes tokens and of the files; a new number makes all caches anew
 CHUNK = 256  # rows a process encodes at a time
 SMALL = 2048  # rows for which no process is started
 SUMMARY = "summary.json"
@@ -65,6 +71,7 @@ class EncodedSource:
         self.lengths, self.weight_sums = columns["lengths"], columns["weight_sums"]
         self.num_trained, self.rows = columns["num_trained"], columns["rows"]
         self._keys, self._key_ends, self._templates = columns["keys"], columns["key_ends"], columns["templates"]
+        self.edition_ends = np.array(self._summary["edition_ends"], np.int64)
         self.offsets = np.concatenate([[0], np.cumsum(self.lengths.astype(np.int64) + 1)])
 
     def __reduce__(self) -> tuple[type["EncodedSource"], tuple[Path]]:
@@ -96,6 +103,8 @@ class EncodedSource:
                 raise _damaged(self.path, f"{name} is not what was written")
         if len(self.offsets) and int(self.offsets[-1]) != len(self.tokens):
             raise _damaged(self.path, f"{len(self.tokens)} tokens, but lengths add up to {int(self.offsets[-1])}")
+        if self.edition_ends.tolist() != _edition_ends(self.rows, self._summary["report"]).tolist():
+            raise _damaged(self.path, "edition_ends are not those of the rows")
         lowest, highest = (int(self.tokens.min()), int(self.tokens.max())) if len(self.tokens) else (0, 0)
         if lowest < 0 or highest >= self._summary["vocabulary"]:
             raise _damaged(
@@ -126,8 +135,21 @@ def default_dir() -> Path:
 
 
 def _fingerprint(source: RowSource, encoding: Encoding) -> str:
-    parts = (str(VERSION), source.name, source.fingerprint(), encoding.fingerprint())
+    parts = (str(VERSION), source.name, str(_editions(source)), source.fingerprint(), encoding.fingerprint())
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def _editions(source: RowSource) -> int:
+    """How many times a source says each of its rows; one where it does not speak of it."""
+    editions = getattr(source, "editions", 1)
+    assert len(source) % editions == 0, f"{source.name}: {len(source)} rows in {editions} editions"
+    return editions
+
+
+def _edition_ends(rows: np.ndarray, report: dict[str, Any]) -> np.ndarray:
+    """How many examples there are up to the end of each edition."""
+    ends = np.arange(1, report["editions"] + 1, dtype=np.int64) * report["rows"]
+    return np.searchsorted(rows, ends).astype(np.int64)
 
 
 def _file_name(name: str) -> str:
@@ -295,6 +317,7 @@ def _write_columns(
     checksums: Counter[str] = Counter(dict.fromkeys(COLUMNS, 0))
     templates: dict[str, int] = {}
     rows_done = 0
+    kept_rows: list[np.ndarray] = []
     with contextlib.ExitStack() as stack:
         files = {name: stack.enter_context(_create(folder / name)) for name in COLUMNS}
         for chunk in _chunks(source, encoding, workers=workers):
@@ -308,6 +331,7 @@ def _write_columns(
                 checksums[name] += _checksum(column)
                 sizes[name] += len(column)
             counts += chunk.counts
+            kept_rows.append(chunk.columns["rows"])
             counts["tokens"] += int(chunk.columns["lengths"].sum(dtype=np.int64))
             counts["trained tokens"] += int(chunk.columns["num_trained"].sum(dtype=np.int64))
             rows_done = min(rows_done + CHUNK, len(source))
@@ -315,20 +339,26 @@ def _write_columns(
                 progress(rows_done, len(source))
         for file in files.values():
             _sync(file)
+    report = _report(len(source), _editions(source), counts)
     return {
         "vocabulary": encoding.tokenizer.size,
-        "report": _report(len(source), counts),
+        "report": report,
+        "edition_ends": _edition_ends(np.concatenate(kept_rows) if kept_rows else np.zeros(0), report).tolist(),
         "templates": list(templates),
         "sizes": dict(sizes),
         "checksums": {name: sum_ % (1 << 64) for name, sum_ in checksums.items()},
     }
 
 
-def _report(rows: int, counts: Counter[str]) -> dict[str, Any]:
-    """What became of the rows. Tokens are positions: what the model is fed."""
+def _report(length: int, editions: int, counts: Counter[str]) -> dict[str, Any]:
+    """What became of the rows. Tokens are positions: what the model is fed.
+
+    `rows` are the rows that were read; all other counts are over their editions: kept + dropped = rows * editions.
+    """
     prefix = "dropped: "
     return {
-        "rows": rows,
+        "rows": length // editions,
+        "editions": editions,
         "kept": counts["kept"],
         "dropped": {k.removeprefix(prefix): n for k, n in sorted(counts.items()) if k.startswith(prefix)},
         "truncated": counts["truncated"],

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from itjax.base.records import Conversation, Message
 from itjax.data import cache
 from itjax.data.cache import EncodedSource, default_dir, encode_source
 from itjax.data.encode import Encoding, encode
@@ -62,14 +63,52 @@ def test_examples_come_back_as_they_were_encoded(source, tmp_path):
     assert encoded.rows.tolist() == kept
     assert encoded.offsets.tolist() == [0, *np.cumsum(encoded.lengths + 1)]
     assert (len(encoded.tokens), len(encoded.weights)) == (encoded.offsets[-1],) * 2
+    assert encoded.edition_ends.tolist() == [9]
     assert encoded.report == {
         "rows": 10,
+        "editions": 1,
         "kept": 9,
         "dropped": {"too long": 1},
         "truncated": 0,
         "tokens": int(encoded.lengths.sum()),
         "trained_tokens": int(encoded.num_trained.sum()),
     }
+
+
+class Editions:
+    """Rows in three editions; the second row of the second edition and all of the third are too long."""
+
+    name, editions = "editions", 3
+    texts = ("one", "two", "one", "x" * 99, "x" * 99, "x" * 99)
+
+    def __len__(self):
+        return len(self.texts)
+
+    def conversation(self, index):
+        return Conversation(
+            (Message("user", "one"), Message("assistant", self.texts[index])), self.name, f"k:{index % 2}"
+        )
+
+    def fingerprint(self):
+        return "editions"
+
+
+def test_the_ends_of_editions_count_the_examples_that_were_kept(tmp_path):
+    encoded = build(Editions(), tmp_path / "cache")
+    assert encoded.rows.tolist() == [0, 1, 2]
+    assert encoded.edition_ends.tolist() == [2, 3, 3]
+    assert encoded.edition_ends.dtype == np.int64
+    assert EncodedSource(encoded.path).edition_ends.tolist() == [2, 3, 3]
+    report = encoded.report
+    assert (report["rows"], report["editions"], report["kept"], report["dropped"]) == (2, 3, 3, {"too long": 3})
+
+
+def test_ends_of_editions_that_do_not_fit_the_rows_are_damage(tmp_path):
+    encoded = build(Editions(), tmp_path / "cache")
+    summary = json.loads((encoded.path / "summary.json").read_text())
+    (encoded.path / "summary.json").write_text(json.dumps(summary | {"edition_ends": [1, 3, 3]}))
+    with pytest.raises(ValueError, match="edition_ends"):
+        EncodedSource(encoded.path).check()
 
 
 def test_what_was_cut_is_counted(source, tmp_path):
