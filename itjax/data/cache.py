@@ -103,7 +103,8 @@ class EncodedSource:
                 raise _damaged(self.path, f"{name} is not what was written")
         if len(self.offsets) and int(self.offsets[-1]) != len(self.tokens):
             raise _damaged(self.path, f"{len(self.tokens)} tokens, but lengths add up to {int(self.offsets[-1])}")
-        if self.edition_ends.tolist() != _edition_ends(self.rows, self._summary["report"]).tolist():
+        length, editions = self.report["rows"] * self.report["editions"], self.report["editions"]
+        if self.edition_ends.tolist() != _edition_ends(self.rows, length, editions).tolist():
             raise _damaged(self.path, "edition_ends are not those of the rows")
         lowest, highest = (int(self.tokens.min()), int(self.tokens.max())) if len(self.tokens) else (0, 0)
         if lowest < 0 or highest >= self._summary["vocabulary"]:
@@ -146,10 +147,9 @@ def _editions(source: RowSource) -> int:
     return editions
 
 
-def _edition_ends(rows: np.ndarray, report: dict[str, Any]) -> np.ndarray:
-    """How many examples there are up to the end of each edition."""
-    ends = np.arange(1, report["editions"] + 1, dtype=np.int64) * report["rows"]
-    return np.searchsorted(rows, ends).astype(np.int64)
+def _edition_ends(rows: np.ndarray, length: int, editions: int) -> np.ndarray:
+    """How many of these row numbers, which ascend, are before the end of each edition of a source."""
+    return np.searchsorted(rows, np.arange(1, editions + 1) * (length // editions)).astype(np.int64)
 
 
 def _file_name(name: str) -> str:
@@ -317,7 +317,8 @@ def _write_columns(
     checksums: Counter[str] = Counter(dict.fromkeys(COLUMNS, 0))
     templates: dict[str, int] = {}
     rows_done = 0
-    kept_rows: list[np.ndarray] = []
+    editions = _editions(source)
+    edition_ends = np.zeros(editions, np.int64)
     with contextlib.ExitStack() as stack:
         files = {name: stack.enter_context(_create(folder / name)) for name in COLUMNS}
         for chunk in _chunks(source, encoding, workers=workers):
@@ -331,7 +332,7 @@ def _write_columns(
                 checksums[name] += _checksum(column)
                 sizes[name] += len(column)
             counts += chunk.counts
-            kept_rows.append(chunk.columns["rows"])
+            edition_ends += _edition_ends(chunk.columns["rows"], len(source), editions)
             counts["tokens"] += int(chunk.columns["lengths"].sum(dtype=np.int64))
             counts["trained tokens"] += int(chunk.columns["num_trained"].sum(dtype=np.int64))
             rows_done = min(rows_done + CHUNK, len(source))
@@ -339,11 +340,10 @@ def _write_columns(
                 progress(rows_done, len(source))
         for file in files.values():
             _sync(file)
-    report = _report(len(source), _editions(source), counts)
     return {
         "vocabulary": encoding.tokenizer.size,
-        "report": report,
-        "edition_ends": _edition_ends(np.concatenate(kept_rows) if kept_rows else np.zeros(0), report).tolist(),
+        "report": _report(len(source), editions, counts),
+        "edition_ends": edition_ends.tolist(),
         "templates": list(templates),
         "sizes": dict(sizes),
         "checksums": {name: sum_ % (1 << 64) for name, sum_ in checksums.items()},
