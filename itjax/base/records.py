@@ -56,7 +56,8 @@ class Finding:
     stage: str  # "exact_duplicates", "personal", ...
     reason: str  # "email", "near-duplicate", "answer is empty"
     action: str  # "drop", "mask" or "tag"
-    message: int | None = None  # which turn, from 0, and which stretch of its content
+    message: int | None = None  # which turn, from 0, and which stretch of its text
+    part: str = "content"  # the text of the turn: "content", "reasoning", "tool_calls/0/to" (a path into an argument)
     start: int = 0
     stop: int = 0
     other: str = ""  # key of the example that it repeats, or of the evaluation item that it leaks

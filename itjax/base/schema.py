@@ -83,11 +83,18 @@ class Filters:
     leakage_files: str = ""  # evaluation files that must not be trained on: globs, separated by commas
     coverage: float = bounded(0.5, at_least=0, at_most=1)  # leaked: more than this share is covered by shared 8-grams
     personal: str = bounded("mask", choices=("drop", "mask", "tag"))  # what becomes of personal data
+    personal_kinds: tuple[str, ...] = ()  # "email", "phone", ...: docs/audit.md; empty: all but URLs
+    personal_finder: str = ""  # module:function of one's own, text -> (start, stop, kind)s: for names and places
     toxic: str = bounded("drop", choices=("drop", "tag"))  # what becomes of toxic rows
+    toxic_roles: tuple[str, ...] = ()  # whose turns are looked at, e.g. ("assistant",); empty: everybody's
+    toxic_classifier: str = ""  # module:function of one's own, text -> score from 0 to 1
+    toxic_threshold: float = bounded(0.5, at_least=0, at_most=1)  # score from which a turn is toxic
     word_lists: str = ""  # files of words that make a text toxic, one a line; globs, separated by commas
-    min_tokens: int = bounded(1, at_least=0)  # words of an answer at least
+    min_words: int = bounded(1, at_least=0)  # of an answer
+    max_words: int = bounded(0, at_least=0)  # of an answer; 0: any number
     max_repetition: float = bounded(0.5, at_least=0, at_most=1)  # share of an answer that repeats itself, at most
     languages: tuple[str, ...] = ()  # ISO 639-1 codes of the languages kept; empty: all
+    actions: Mapping[str, str] = field(default_factory=dict)  # finding of the quality stage -> "drop" or "tag"
 
 
 @dataclass(frozen=True)
