@@ -59,6 +59,7 @@ def train(run: Run, *, config: str) -> None:
         console.print(f"data   {note}", highlight=False, markup=False, soft_wrap=True)
     built = parts.set_up(run, data)
     console.print(built.summary(run), highlight=False, markup=False, soft_wrap=True)
+    account = manifest.manifest(data, built.loader)
     if cluster.writes():
         manifest.write(run.run_dir, data, built.loader)
         write_whole(Path(run.run_dir) / "tokenizer.model", data.tokenizer.model)
@@ -70,6 +71,7 @@ def train(run: Run, *, config: str) -> None:
             loader=built.loader,
             evaluators=evaluators(run, data, built),
             flops=built.flops,
+            data_manifest=account,
             console=console,
         )
     if cluster.writes():

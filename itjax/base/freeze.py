@@ -141,6 +141,8 @@ def contradictions(run: schema.Run) -> None:
     if not run.files and not run.sources:
         raise Fault("config.files: no data; name files, e.g. --config.files='data/*.jsonl', or set config.sources")
     _contradictions_of_sources(run.sources, path="config.sources")
+    _contradictions_of_mixture(run.mixture, run.sources, place="config", others=bool(run.files))
+    _contradictions_of_limits(run)
     free = [axis for axis in ("data", "fsdp", "tensor") if getattr(run.parallel, axis) == -1]
     if len(free) > 1:
         raise Fault(f"config.parallel: {' and '.join(free)} are both -1; only one axis can take what is left")
@@ -159,6 +161,96 @@ def _contradictions_of_sources(sources: Mapping[str, schema.Source], *, path: st
         if source.task and not source.examples:
             raise Fault(f"{path}.{name}.examples: 0 rows of task {source.task!r}; set how many to draw")
         _contradictions_of_sources(source.sources, path=f"{path}.{name}.sources")
+
+
+def _contradictions_of_mixture(
+    mixture: schema.Mixture, sources: Mapping[str, schema.Source], *, place: str, others: bool
+) -> None:
+    """`others`: there are sources beside `sources`, none of them with a weight."""
+    path = f"{place}.mixture"
+    if mixture.rates == "unimax" and mixture.budget is None:
+        raise Fault(f"{path}.budget: not set; rates='unimax' divides it: how many {mixture.unit} are drawn in all")
+    if mixture.rates != "unimax" and mixture.budget is not None:
+        raise Fault(f"{path}.budget: {mixture.budget:g} has no effect with rates={mixture.rates!r}; set rates='unimax'")
+    if mixture.rates != "proportional":
+        unused = {"cap": mixture.cap is not None, "temperature": mixture.temperature != 1}
+        unused |= {f"sources.{name}.scale": source.scale != 1 for name, source in sources.items()}
+        if name := next((name for name, is_set in unused.items() if is_set), ""):
+            place = place if name.startswith("sources.") else path
+            raise Fault(f"{place}.{name}: has no effect with rates={mixture.rates!r}; remove it, or set 'proportional'")
+    for name, source in sources.items():
+        if source.weight is not None and source.scale != 1:
+            raise Fault(f"{place}.sources.{name}.scale: has no effect beside weight={source.weight:g}; keep one of them")
+        if source.sources:
+            _contradictions_of_mixture(source.mixture, source.sources, place=f"{place}.sources.{name}", others=False)
+    own = {name: source.weight for name, source in sources.items()}
+    _contradictions_of_weights(own, place=f"{place}.sources", others=others)
+    starts: dict[int, str] = {}
+    for name, stage in mixture.stages.items():
+        if stage.start in starts:
+            raise Fault(f"{path}.stages.{name}.start: {stage.start}, as {starts[stage.start]!r} has; give each its own")
+        starts[stage.start] = name
+        unknown = [source for source in stage.weights if source not in sources]
+        if unknown and not others:  # otherwise the names of the files must be known first: data/recipe.py
+            raise Fault(
+                f"{path}.stages.{name}.weights.{unknown[0]}: no such source.{nearest(unknown[0], list(sources))} "
+                f"Known: {', '.join(sources)}"
+            )
+        for source, weight in stage.weights.items():
+            if not 0 <= weight < math.inf:
+                raise Fault(
+                    f"{path}.stages.{name}.weights.{source}: {weight:g} is not a weight; give a share, or 0 to leave it out"
+                )
+        _contradictions_of_weights({**own, **stage.weights}, place=f"{path}.stages.{name}.weights", others=others)
+
+
+def _contradictions_of_weights(weights: Mapping[str, float | None], *, place: str, others: bool) -> None:
+    given = math.fsum(weight for weight in weights.values() if weight is not None)
+    without = [name for name, weight in weights.items() if weight is None]
+    if without or others:
+        if given >= 1:
+            who = ", ".join([*without, *(["config.files"] if others else [])])
+            raise Fault(
+                f"{place}: the weights given add up to {given:g}, which leaves nothing for {who}; "
+                "make them shares below 1 in all, or give every source a weight"
+            )
+    elif weights and not given:
+        raise Fault(f"{place}: all weights are 0, so nothing is drawn; give one source a weight")
+
+
+def _contradictions_of_limits(run: schema.Run) -> None:
+    limits, policies = _limits(run.sources, "config.sources"), _policies(run.sources, "config.sources")
+    for path, limit in limits.items():
+        if run.mixture.exhausted == "repeat":
+            raise Fault(
+                f"{path}.max_epochs: {limit:g} has no effect while sources repeat; set --config.mixture.exhausted=stop "
+                "to end the run there, or drop to go on without the source"
+            )
+    if run.mixture.exhausted != "repeat" and not limits:
+        raise Fault(
+            f"config.mixture.exhausted: {run.mixture.exhausted!r}, but no source has max_epochs; set some, e.g. "
+            f"--config.sources.{next(iter(run.sources), 'NAME')}.max_epochs=1"
+        )
+    if policies:
+        raise Fault(f"{policies[0]}: a run has one policy; set --config.mixture.exhausted instead")
+
+
+def _limits(sources: Mapping[str, schema.Source], path: str) -> dict[str, float]:
+    """Place -> passes at most, of every source and nested source that has a limit."""
+    found: dict[str, float] = {}
+    for name, source in sources.items():
+        found |= {f"{path}.{name}": source.max_epochs} if source.max_epochs is not None else {}
+        found |= _limits(source.sources, f"{path}.{name}.sources")
+    return found
+
+
+def _policies(sources: Mapping[str, schema.Source], path: str) -> list[str]:
+    """Places of nested mixtures that say what happens when a source is exhausted."""
+    found: list[str] = []
+    for name, source in sources.items():
+        found += [f"{path}.{name}.mixture.exhausted"] if source.mixture.exhausted != "repeat" else []
+        found += _policies(source.sources, f"{path}.{name}.sources")
+    return found
 
 
 # --- the command line -------------------------------------------------------------------------------------------------
@@ -241,6 +333,7 @@ FREE = (
     "run_dir",
     "allow_change",
     "workers",
+    "data_dir",
     "cache_dir",
     "checkpoint/*",
     "log/*",

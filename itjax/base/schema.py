@@ -30,14 +30,15 @@ class Stage:
     """Other weights from an optimizer step on: a curriculum is a few of these."""
 
     start: int = bounded(0, at_least=0)  # the first step (from 0) that these weights are for
-    weights: Mapping[str, float] = field(default_factory=dict)  # source -> weight; one that is not named keeps its own
+    weights: Mapping[str, float] = field(default_factory=dict)  # source -> weight; 0: not drawn; not named: its own
 
 
 @dataclass(frozen=True)
 class Mixture:
     """How often each source comes. An explicit `weight` of a source stands; `rates` divides the rest.
 
-    A size is a source's number of examples, tokens or trained tokens: `unit`.
+    A size is a source's number of examples, tokens or trained tokens: `unit`. `exhausted` is said by the outermost
+    mixture for all.
     """
 
     unit: str = bounded("examples", choices=UNITS)  # what weights and rates are shares of
@@ -46,7 +47,7 @@ class Mixture:
     temperature: float = bounded(1.0, above=0)  # T: size^(1/T); above 1 lifts small sources
     budget: float | None = bounded(None, above=0)  # UniMax: how much is drawn in all, in `unit`
     max_epochs: float = bounded(4.0, above=0)  # UniMax: passes over a source at most
-    exhausted: str = bounded("repeat", choices=EXHAUSTED)  # when a source has had its `max_epochs`
+    exhausted: str = bounded("repeat", choices=EXHAUSTED)  # when a source has had its own `max_epochs`
     stages: Mapping[str, Stage] = field(default_factory=dict)  # name -> stage, in the order of their starts
 
 
@@ -60,6 +61,7 @@ class Source:
     mixture: Mixture = field(default_factory=Mixture)  # of the nested sources
     examples: int = bounded(0, at_least=0)  # how many rows: of an embedded family; of files at most (0: all)
     weight: float | None = bounded(None, above=0)  # share, in the mixture's unit; None: the mixture's rates decide
+    scale: float = bounded(1.0, above=0)  # counts as so many times its size where rates go by size, before the cap
     max_epochs: float | None = bounded(None, above=0)  # passes at most; None: as many as it takes
 
     # what a row's fields mean
@@ -181,6 +183,7 @@ class Run:
     allow_change: bool = False  # resume although settings or data that shape the result have changed
 
     # data
+    data_dir: str = ""  # the folder, local or remote, that relative file names start from; empty: the working directory
     files: str = ""  # globs separated by commas; a source per file, beside `sources`
     eval_files: str = ""  # held-out data; empty: a few rows of each source are held out
     sources: Mapping[str, Source] = field(default_factory=dict)

@@ -1,7 +1,9 @@
-"""State, data position and config in one commit: a step is on disk whole, or it is not there."""
+"""State, data position, config and the account of the data in one commit: a step is on disk whole, or it is not there."""
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import orbax.checkpoint as ocp
 
@@ -9,7 +11,7 @@ from itjax.base.records import DataPosition
 from itjax.base.schema import Checkpoint
 from itjax.train.state import TrainState
 
-STATE, DATA, CONFIG = "state", "data", "config"
+STATE, DATA, CONFIG, MANIFEST = "state", "data", "config", "data_manifest"
 
 
 class Checkpoints:
@@ -25,11 +27,12 @@ class Checkpoints:
             STATE: ocp.StandardCheckpointHandler(),
             DATA: ocp.JsonCheckpointHandler(),
             CONFIG: ocp.JsonCheckpointHandler(),
+            MANIFEST: ocp.JsonCheckpointHandler(),
         }
         registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
         registry.add(STATE, ocp.args.StandardSave, handlers[STATE])
         registry.add(STATE, ocp.args.StandardRestore, handlers[STATE])
-        for item in (DATA, CONFIG):
+        for item in (DATA, CONFIG, MANIFEST):
             registry.add(item, ocp.args.JsonSave, handlers[item])
             registry.add(item, ocp.args.JsonRestore, handlers[item])
         self.folder = folder
@@ -39,8 +42,13 @@ class Checkpoints:
         """The newest committed step, or None."""
         return self._manager.latest_step()
 
-    def save(self, state: TrainState, position: DataPosition, config: dict) -> None:
-        """Saves the state under its step number. Raises what an earlier save that ran behind the steps came to."""
+    def save(
+        self, state: TrainState, position: DataPosition, config: Mapping[str, Any], data_manifest: Mapping[str, Any]
+    ) -> None:
+        """Saves the state under its step number, and what it was trained on: see `itjax.data.manifest`.
+
+        Raises what an earlier save that ran behind the steps came to.
+        """
         step = position.step
         self._manager.save(
             step,
@@ -48,6 +56,7 @@ class Checkpoints:
                 state=ocp.args.StandardSave(state),
                 data=ocp.args.JsonSave(dataclasses.asdict(position)),
                 config=ocp.args.JsonSave(config),
+                data_manifest=ocp.args.JsonSave(data_manifest),
             ),
             force=True,  # without it a step that is not newer than the latest is declined in silence
         )

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -82,9 +82,12 @@ def train(
     loader: Loader,
     evaluators: Sequence[Evaluator],
     flops: Callable[[int], float],
+    data_manifest: Mapping[str, Any],
     console: Any,
 ) -> TrainState:
     """Trains until the last step and returns the final state. Call inside `jax.set_mesh(mesh)`.
+
+    `data_manifest` says what the run is trained on and goes into every checkpoint.
 
     Raises Stopped after SIGTERM, once a checkpoint of the current step is committed; Aborted on a loss that stays
     not finite; ValueError for what the user can mend.
@@ -120,7 +123,7 @@ def train(
                 watch.scores(number, _scores(evaluators, number, state))
             if is_last or stop.is_set or number % run.checkpoint.every == 0:
                 watch.flush()  # the lines up to a checkpoint are on disk before the checkpoint is
-                saved.save(state, loader.get_state(), config)
+                saved.save(state, loader.get_state(), config, data_manifest)
             if stop.is_set:
                 saved.wait()
                 watch.say(f"SIGTERM: step {number} is saved; the same command goes on from there")

@@ -1,6 +1,7 @@
 """State, position and config in one commit; restored onto the same mesh or another, bit for bit."""
 
 import contextlib
+import json
 
 import jax
 import jax.numpy as jnp
@@ -31,9 +32,8 @@ def placed(parallel: schema.Parallel) -> tuple[TrainState, TrainState]:
 
 def save(folder, state, step):
     with contextlib.closing(Checkpoints(folder, SETTINGS)) as saved:
-        saved.save(
-            TrainState(jnp.int32(step), state.params, {}, state.opt_state), DataPosition(step, "plan"), {"steps": 9}
-        )
+        numbered = TrainState(jnp.int32(step), state.params, {}, state.opt_state)
+        saved.save(numbered, DataPosition(step, "plan"), {"steps": 9}, {"sources": {"mine": {"kept": 3}}})
 
 
 def test_moments_lie_where_their_parameters_lie():
@@ -73,3 +73,8 @@ def test_a_step_older_than_the_latest_is_not_declined_in_silence(tmp_path):
     for step in (5, 4):
         save(tmp_path, state, step)
     assert (tmp_path / "4").is_dir()
+
+
+def test_a_checkpoint_says_what_it_was_trained_on(tmp_path):
+    save(tmp_path, placed(schema.Parallel(data=8))[0], 4)
+    assert json.loads((tmp_path / "4" / "data_manifest" / "metadata").read_text()) == {"sources": {"mine": {"kept": 3}}}
