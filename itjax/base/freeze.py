@@ -180,7 +180,9 @@ def _contradictions_of_mixture(
             raise Fault(f"{place}.{name}: has no effect with rates={mixture.rates!r}; remove it, or set 'proportional'")
     for name, source in sources.items():
         if source.weight is not None and source.scale != 1:
-            raise Fault(f"{place}.sources.{name}.scale: has no effect beside weight={source.weight:g}; keep one of them")
+            raise Fault(
+                f"{place}.sources.{name}.scale: has no effect beside weight={source.weight:g}; keep one of them"
+            )
         if source.sources:
             _contradictions_of_mixture(source.mixture, source.sources, place=f"{place}.sources.{name}", others=False)
     own = {name: source.weight for name, source in sources.items()}
@@ -190,16 +192,16 @@ def _contradictions_of_mixture(
         if stage.start in starts:
             raise Fault(f"{path}.stages.{name}.start: {stage.start}, as {starts[stage.start]!r} has; give each its own")
         starts[stage.start] = name
-        unknown = [source for source in stage.weights if source not in sources]
+        unknown = [member for member in stage.weights if member not in sources]
         if unknown and not others:  # otherwise the names of the files must be known first: data/recipe.py
             raise Fault(
                 f"{path}.stages.{name}.weights.{unknown[0]}: no such source.{nearest(unknown[0], list(sources))} "
                 f"Known: {', '.join(sources)}"
             )
-        for source, weight in stage.weights.items():
+        for member, weight in stage.weights.items():
             if not 0 <= weight < math.inf:
                 raise Fault(
-                    f"{path}.stages.{name}.weights.{source}: {weight:g} is not a weight; give a share, or 0 to leave it out"
+                    f"{path}.stages.{name}.weights.{member}: {weight:g} is not a weight; give a share, or 0 to leave it out"
                 )
         _contradictions_of_weights({**own, **stage.weights}, place=f"{path}.stages.{name}.weights", others=others)
 

@@ -1,21 +1,17 @@
 """Rows to batches: a planned, resumable iterator of this host's part of every global batch.
 
-B rows of this host, T positions in a row. The whole run is planned from lengths before the first batch:
-
-    mixture.order     example number -> (source, index, epoch)
-    pack.plan         row number -> example numbers
-    step s            rows s * rows .. (s + 1) * rows - 1, the same for every number of hosts
-
-so the position is one integer, any step can be had without those before it, and hosts, threads and worker processes
-change who assembles a row, never what is in it. A run of fewer steps or epochs is the beginning of a longer one.
+B rows of this host, T positions in a row. The whole run is planned before the first batch (`data/rows.py`), so the
+position is one integer, any step can be had without those before it, and hosts, threads and worker processes change who
+assembles a row, never what is in it. A run of fewer steps or epochs is the beginning of a longer one.
 """
 
+import dataclasses
 import gc
 import hashlib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 import grain.python as grain
 import numpy as np
@@ -23,36 +19,10 @@ from absl import flags
 
 from itjax.base.records import DataPosition, PackedBatch
 from itjax.base.schema import REDUCTIONS
-from itjax.data import mixture, pack
+from itjax.data.recipe import Recipe, plain, resolve
+from itjax.data.rows import UNIT_COLUMNS, Hashes, Rows, Shape, Source, Stage, editions, plan, size
 
-PLAN_VERSION = 1  # part of the plan hash: raise it when the same settings begin to give another order
 BATCHES_AHEAD = 2  # assembled but not served, in this process or in each worker
-
-
-class Source(Protocol):
-    """What the loader needs of an encoded source: flat arrays, and where each example begins in them.
-
-    Example i has `lengths[i]` positions and one id more, `tokens[offsets[i]:offsets[i + 1]]`; it is shifted when read.
-    `weights` is aligned to `tokens`: the weight of predicting that token.
-    """
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def fingerprint(self) -> str: ...
-    @property
-    def lengths(self) -> np.ndarray: ...
-    @property
-    def weight_sums(self) -> np.ndarray: ...
-    @property
-    def num_trained(self) -> np.ndarray: ...
-    @property
-    def offsets(self) -> np.ndarray: ...
-    @property
-    def tokens(self) -> np.ndarray: ...
-    @property
-    def weights(self) -> np.ndarray: ...
-    def __len__(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -65,20 +35,10 @@ class Placed:
     segment: int
 
 
-@dataclass(frozen=True)
-class Rows:
-    """The planned examples in row order: row r holds those from `offsets[r]` to `offsets[r + 1]`, an empty row none."""
-
-    offsets: np.ndarray  # int64
-    source: np.ndarray  # int32
-    index: np.ndarray  # int64
-    epoch: np.ndarray  # int32
-
-
 def make_loader(
     sources: Sequence[Source],
     *,
-    weights: Sequence[float | None],
+    weights: Recipe | Sequence[float | None],
     length: int,
     rows: int,
     steps: int | None,
@@ -92,20 +52,30 @@ def make_loader(
 ) -> "Loader":
     """Plan a run over encoded sources; `window` is in rows' worth of examples, `local_rows` are this host's of a batch.
 
-    Give `steps` or `epochs`. An epoch is as many examples as all sources hold together; with no weights it holds each
-    exactly once. After the last whole or begun epoch the last step is filled up with empty rows.
+    `weights` is the recipe of the mixture; or, for each source, a share of the examples or None, which is by size. Give
+    `steps` or `epochs`. An epoch is as many examples as all sources hold together; with no weights it holds each exactly
+    once. After the last whole or begun epoch the last step is filled up with empty rows.
     """
-    _check(sources, weights, length=length, rows=rows, steps=steps, epochs=epochs, local_rows=local_rows)
+    _check(sources, length=length, rows=rows, steps=steps, epochs=epochs, local_rows=local_rows)
     if reduction not in REDUCTIONS:
         raise ValueError(f"loss.reduction: {reduction!r} is unknown; choose one of {', '.join(REDUCTIONS)}")
-    rates = mixture.rates([len(source) for source in sources], weights)
-    planned = _plan_rows(
-        sources, rates, length=length, rows=rows, steps=steps, epochs=epochs, window=window, seed=seed, packing=packing
-    )
-    shape = {"length": length, "rows": rows, "window": window, "packing": packing, "reduction": reduction, "seed": seed}
+    shares = weights if isinstance(weights, Recipe) else _plain(sources, weights)
+    if shares.names != tuple(source.name for source in sources):
+        raise ValueError(
+            f"sources: {', '.join(source.name for source in sources)} are to be mixed by a recipe for "
+            f"{', '.join(shares.names)}; give both the same sources in the same order"
+        )
+    shape = Shape(length=length, rows=rows, window=window, seed=seed, packing=packing)
+    planned = plan(sources, shares, shape, steps=steps, epochs=epochs)
     batches = Batches(sources, planned, rows=rows, length=length, reduction=reduction, local_rows=local_rows)
     _check_weights(batches)
-    return Loader(batches, rates=rates, plan_hash=_plan_hash(sources, weights, shape), workers=workers)
+    hashes = Hashes(sources, shares, planned, {**dataclasses.asdict(shape), "reduction": reduction})
+    return Loader(batches, recipe=shares, hashes=hashes, workers=workers)
+
+
+def _plain(sources: Sequence[Source], weights: Sequence[float | None]) -> Recipe:
+    names = [source.name for source in sources]
+    return resolve(plain(names, weights), {source.name: size(source) for source in sources})
 
 
 class Batches:
@@ -221,9 +191,9 @@ class Batches:
 class Loader:
     """An iterator of this host's batches that knows where it is."""
 
-    def __init__(self, batches: Batches, *, rates: np.ndarray, plan_hash: str, workers: int) -> None:
-        self._batches, self._rates, self._workers = batches, rates, workers
-        self.plan_hash, self.num_steps = plan_hash, len(batches)
+    def __init__(self, batches: Batches, *, recipe: Recipe, hashes: Hashes, workers: int) -> None:
+        self._batches, self._hashes, self._workers = batches, hashes, workers
+        self.recipe, self.plan_hash, self.num_steps = recipe, hashes.at(0), len(batches)
         self._step = 0
         self._ahead: Iterator[PackedBatch] | None = None
 
@@ -246,13 +216,17 @@ class Loader:
 
     def get_state(self) -> DataPosition:
         """The next step to serve: the same on every host, whatever has been read ahead."""
-        return DataPosition(step=self._step, plan=self.plan_hash)
+        return DataPosition(step=self._step, plan=self.plan_at(self._step))
+
+    def plan_at(self, step: int) -> str:
+        """The name of the plan up to a step: `plan_hash`, and the further editions of sources that it needs by then."""
+        return self._hashes.at(step * self._batches.rows)
 
     def set_state(self, position: DataPosition) -> None:
-        if position.plan != self.plan_hash:
+        if position.plan != (here := self.plan_at(position.step)):
             raise ValueError(
                 f"data position: step {position.step} belongs to plan {position.plan}, this run has plan "
-                f"{self.plan_hash}; the files, weights, seed, length, rows, window, packing or reduction have changed: "
+                f"{here}; the files, mixture, seed, length, rows, window, packing or reduction have changed: "
                 "change them back, or start a new run_dir"
             )
         if not 0 <= position.step <= self.num_steps:
@@ -316,49 +290,67 @@ class Loader:
     def epoch(self, step: int) -> float:
         """Passes over the data made when `step` steps are done."""
         served = self._batches.planned.offsets[step * self._batches.rows]
-        return float(served) / sum(map(len, self._batches.sources))
+        return float(served) / self._epoch_size
 
     def report(self) -> dict[str, Any]:
         """What the run will see: shares per source as asked for and as planned, passes, and how full the rows are."""
-        batches, planned = self._batches, self._batches.planned
-        counts = {
-            "examples": np.bincount(planned.source, minlength=len(batches.sources)),
-            "tokens": self._per_source("lengths"),
-            "trained_tokens": self._per_source("num_trained"),
-        }
-        asked = {
-            "examples": self._rates,
-            "tokens": self._rates * [source.lengths.mean() for source in batches.sources],
-            "trained_tokens": self._rates * [source.num_trained.mean() for source in batches.sources],
-        }
+        batches, planned, recipe = self._batches, self._batches.planned, self.recipe
         num_full = int(np.count_nonzero(np.diff(planned.offsets)))
-        num_examples, num_tokens = len(planned.source), int(counts["tokens"].sum())
+        asked = np.sum([stage.asked for stage in planned.stages], axis=0)
+        shares, totals = self._shares(0, self.num_steps, asked)
+        passes = [
+            _passes(source, shares[source.name]["examples"], limit)
+            for source, limit in zip(batches.sources, recipe.limits, strict=True)
+        ]
         return {
+            "unit": recipe.unit,
+            "rule": recipe.rule,
             "num_steps": self.num_steps,
             "num_rows": num_full,
-            "examples": num_examples,
-            "tokens": num_tokens,
-            "trained_tokens": int(counts["trained_tokens"].sum()),
-            "tokens_per_step": num_tokens / self.num_steps,
-            "trained_share": int(counts["trained_tokens"].sum()) / num_tokens,
-            "fill": num_tokens / (num_full * batches.length),
-            "rows_per_epoch": num_full * sum(map(len, batches.sources)) / num_examples,
+            **totals,
+            "tokens_per_step": totals["tokens"] / self.num_steps,
+            "trained_share": totals["trained_tokens"] / totals["tokens"],
+            "fill": totals["tokens"] / (num_full * batches.length),
+            "rows_per_epoch": num_full * self._epoch_size / totals["examples"],
             "epochs": self.epoch(self.num_steps),
-            "sources": {
-                source.name: {
-                    **{name: int(count[number]) for name, count in counts.items()},
-                    **{f"share_{name}": _share(count, number) for name, count in counts.items()},
-                    **{f"planned_share_{name}": _share(count, number) for name, count in asked.items()},
-                    "epochs": int(counts["examples"][number]) / len(source),
-                }
-                for number, source in enumerate(batches.sources)
-            },
+            "ended_by": planned.ended_by,
+            "stages": [self._stage(stage) for stage in planned.stages] if len(recipe.starts) > 1 else [],
+            "sources": {name: shares[name] | more for name, more in zip(shares, passes, strict=True)},
         }
 
-    def _per_source(self, name: str) -> np.ndarray:
-        """Sums of a per-example count over all planned examples of each source."""
-        values = self._batches.per_example(name, slice(None))
-        return np.bincount(self._batches.planned.source, values, len(self._batches.sources)).astype(np.int64)
+    def _stage(self, stage: Stage) -> dict[str, Any]:
+        """Shares in the steps of one stage, which are counted from 1 as in metrics.jsonl."""
+        shares, totals = self._shares(stage.start, stage.stop, stage.asked)
+        return {
+            "stage": stage.name,
+            "first_step": stage.start + 1,
+            "last_step": stage.stop,
+            **totals,
+            "sources": shares,
+        }
+
+    def _shares(self, start: int, stop: int, asked: np.ndarray) -> tuple[dict[str, dict[str, Any]], dict[str, int]]:
+        """What each source gives to these steps and what it was asked for, and what all give together."""
+        batches = self._batches
+        members = slice(batches.members(start).start, batches.members(stop - 1).stop)
+        source = batches.planned.source[members]
+        counts, plans = {"examples": np.bincount(source, minlength=len(batches.sources))}, {"examples": asked}
+        for unit, column in UNIT_COLUMNS.items():
+            counts[unit] = _per_source(source, batches.per_example(column, members), len(batches.sources))
+            plans[unit] = asked * [getattr(size, unit) / size.examples for size in self.recipe.sizes.values()]
+        shares = {
+            name: {
+                **{unit: int(count[number]) for unit, count in counts.items()},
+                **{f"share_{unit}": _share(count, number) for unit, count in counts.items()},
+                **{f"planned_share_{unit}": _share(plan, number) for unit, plan in plans.items()},
+            }
+            for number, name in enumerate(self.recipe.names)
+        }
+        return shares, {unit: int(count.sum()) for unit, count in counts.items()}
+
+    @property
+    def _epoch_size(self) -> int:
+        return sum(size.examples for size in self.recipe.sizes.values())
 
     def _ids(self, members: slice) -> list[tuple[str, int, int]]:
         planned, names = self._batches.planned, [source.name for source in self._batches.sources]
@@ -382,6 +374,17 @@ def _before(counts: np.ndarray) -> np.ndarray:
     return np.cumsum(counts) - counts
 
 
+def _per_source(source: np.ndarray, values: np.ndarray, num: int) -> np.ndarray:
+    """Sums of a value of examples over each of `num` sources."""
+    return np.bincount(source, values, num).astype(np.int64)
+
+
+def _passes(source: Source, examples: int, limit: float | None) -> dict[str, Any]:
+    """How often the rows of a source are seen: epochs of its first edition, in how many editions, at most how often."""
+    ends = editions(source)
+    return {"epochs": examples / int(ends[0]), "editions": len(ends), "max_epochs": limit}
+
+
 def _share(counts: np.ndarray, number: int) -> float:
     total = float(counts.sum())
     return float(counts[number]) / total if total else 0.0
@@ -399,68 +402,8 @@ def _read_ahead(batches: Batches, step: int, workers: int) -> Iterator[PackedBat
     return iter(stream)
 
 
-def _plan_rows(
-    sources: Sequence[Source],
-    rates: np.ndarray,
-    *,
-    length: int,
-    rows: int,
-    steps: int | None,
-    epochs: float | None,
-    window: int,
-    seed: int,
-    packing: bool,
-) -> Rows:
-    """Every row of the run, and empty ones up to the end of its last step."""
-    sizes = [len(source) for source in sources]
-    epoch_size, mean = sum(sizes), float(rates @ [source.lengths.mean() for source in sources])
-    per_row = length / mean if packing else 1.0  # examples, about
-    window_size = math.ceil(window * per_row)
-    if steps is not None:
-        needed = math.ceil(steps * rows * per_row)
-    else:
-        assert epochs is not None
-        needed = math.ceil(epochs) * epoch_size
-    while True:
-        num = int(pack.window_ends(needed, window=window_size, epoch=epoch_size)[-1])
-        order = mixture.order(sizes, rates, num=num, seed=seed, names=[source.name for source in sources])
-        lengths = _gather([source.lengths for source in sources], order)
-        plan = pack.plan(lengths, length=length, window=window_size, epoch=epoch_size, seed=seed, packing=packing)
-        if steps is None or plan.num_rows >= steps * rows:
-            break
-        needed = max(num + 1, math.ceil(num * steps * rows / plan.num_rows))
-    num_rows = steps * rows if steps is not None else _rows_of(plan, epochs or 0, epoch_size)
-    offsets, items = plan.row_offsets[: num_rows + 1], plan.items[: plan.row_offsets[num_rows]]
-    padding = np.full(-num_rows % rows, offsets[-1])
-    return Rows(np.concatenate([offsets, padding]), order.source[items], order.index[items], order.epoch[items])
-
-
-def _rows_of(plan: pack.Plan, epochs: float, epoch_size: int) -> int:
-    """Rows of so many epochs; of an epoch that is only begun, the same share of its rows, rounded up."""
-    whole = int(epochs)
-    begins, ends = np.searchsorted(plan.row_offsets, [whole * epoch_size, (whole + 1) * epoch_size]).tolist()
-    return max(1, begins + math.ceil(round((epochs - whole) * (ends - begins), 6)))
-
-
-def _gather(arrays: Sequence[np.ndarray], order: mixture.Order) -> np.ndarray:
-    """One value for every example of an order, from an array for each source."""
-    first = _before(np.array([len(array) for array in arrays], np.int64))
-    return np.concatenate(arrays)[first[order.source] + order.index]
-
-
-def _plan_hash(sources: Sequence[Source], weights: Sequence[float | None], shape: dict[str, Any]) -> str:
-    """Names all that shapes the order of examples and their weights; not how far, or on how many hosts, it is read."""
-    digest = hashlib.blake2b(digest_size=8)
-    digest.update(repr((PLAN_VERSION, sorted(shape.items()))).encode())
-    for source, weight in zip(sources, weights, strict=True):
-        digest.update(repr((source.name, source.fingerprint, None if weight is None else float(weight))).encode())
-        digest.update(np.ascontiguousarray(source.lengths, "<i4").tobytes())
-    return digest.hexdigest()
-
-
 def _check(
     sources: Sequence[Source],
-    weights: Sequence[float | None],
     *,
     length: int,
     rows: int,
@@ -470,10 +413,6 @@ def _check(
 ) -> None:
     if not sources:
         raise ValueError("sources: there are none; give files or sources")
-    if len(weights) != len(sources):
-        raise ValueError(
-            f"sources: {len(sources)} sources and {len(weights)} weights; give one weight (or None) a source"
-        )
     if (steps is None) == (epochs is None):
         raise ValueError(f"steps: {steps}, epochs: {epochs}; give one of the two")
     if (steps is not None and steps < 1) or (epochs is not None and not 0 < epochs < math.inf):

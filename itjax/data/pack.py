@@ -47,11 +47,24 @@ def plan(lengths: np.ndarray, *, length: int, window: int, epoch: int, seed: int
     rows: list[np.ndarray] = []
     start = 0
     for number, end in enumerate(ends.tolist()):
-        inside = lengths[start:end]
-        packed = best_fit(inside, length) if packing else _single(len(inside))
-        rows += [start + packed.row(row) for row in permutation(packed.num_rows, seed, number)]
+        packed = shuffled(fit(lengths[start:end], length=length, packing=packing), seed=seed, number=number)
+        rows += [start + packed.row(row) for row in range(packed.num_rows)]
         start = end
     return _join(rows)
+
+
+def fit(lengths: np.ndarray, *, length: int, packing: bool) -> Plan:
+    """The rows of one window; with `packing=False` every example has a row of its own."""
+    return best_fit(lengths, length) if packing else _single(len(lengths))
+
+
+def shuffled(window: Plan, *, seed: int, number: int) -> Plan:
+    """The rows of window `number` of the run, in the order in which they are served."""
+    rows = permutation(window.num_rows, seed, number)
+    starts, sizes = window.row_offsets[rows], np.diff(window.row_offsets)[rows]
+    ends = np.cumsum(sizes)
+    items = window.items[np.repeat(starts - ends + sizes, sizes) + np.arange(len(window.items))]
+    return Plan(np.concatenate([[0], ends]).astype(np.int64), items)
 
 
 def window_ends(num: int, *, window: int, epoch: int) -> np.ndarray:
@@ -64,6 +77,15 @@ def window_ends(num: int, *, window: int, epoch: int) -> np.ndarray:
     inside = np.arange(1, per_epoch + 1, dtype=np.int64) * epoch // per_epoch
     ends = (np.arange(-(-num // epoch), dtype=np.int64)[:, None] * epoch + inside).ravel()
     return ends[: np.searchsorted(ends, num) + 1] if num else ends
+
+
+def window_end(at: int, *, window: int, epoch: int) -> int:
+    """The first of the `window_ends` after `at`."""
+    per_epoch, (epochs, inside) = max(1, round(epoch / window)), divmod(at, epoch)
+    number = inside * per_epoch // epoch + 1
+    if number * epoch // per_epoch == inside:
+        number += 1
+    return epochs * epoch + number * epoch // per_epoch
 
 
 def best_fit(lengths: np.ndarray, length: int) -> Plan:

@@ -392,6 +392,8 @@ def test_the_report_counts_what_will_be_seen():
         "planned_share_tokens": 0.75,
         "planned_share_trained_tokens": 0.75,
         "epochs": 40 / 30,
+        "editions": 1,
+        "max_epochs": None,
     }
     assert report["sources"]["sums"]["epochs"] == 4.0
     assert report["rows_per_epoch"] == 20
