@@ -148,15 +148,16 @@ def poland_pesel(digits: str) -> bool:
 
 
 def sweden_personnummer(digits: str) -> bool:
-    """Ten digits; of a coordination number the day is 60 too large."""
+    """Ten digits, or twelve with the century; of a coordination number the day is 60 too large."""
+    digits = digits[-10:]
     day = int(digits[4:6])
     return _is_date(digits[:2], digits[2:4], day - 60 if day > 60 else day) and luhn(digits)
 
 
 def finland_hetu(number: str) -> bool:
-    """ddmmyy, a sign of the century, three digits, a check character."""
-    check = "0123456789ABCDEFHJKLMNPRSTUVWXY"[int(number[:6] + number[7:10]) % 31]
-    return _is_date(number[4:6], number[2:4], number[:2]) and check == number[10]
+    """ddmmyy, a sign of the century (a hyphen may be left out), three digits, a check character."""
+    check = "0123456789ABCDEFHJKLMNPRSTUVWXY"[int(number[:6] + number[-4:-1]) % 31]
+    return _is_date(number[4:6], number[2:4], number[:2]) and check == number[-1]
 
 
 def brazil_cpf(digits: str) -> bool:
