@@ -1,0 +1,280 @@
+"""Rows and a family become conversations: which phrasing, which worked examples, in which order, in every epoch anew.
+
+    row 7, epoch 0   Is it true that ...?      Yes         Number e * R + i of R rows is row i in edition (epoch) e.
+    row 7, epoch 1   (A) true  (B) false ...   (A)         A row meets every phrasing once before it meets one again.
+
+All that is drawn follows from the seed, the row's key and the epoch: the same after a resume, in every process and on
+every machine.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol, TypeVar
+
+from itjax.base.records import Conversation, Message
+from itjax.base.schema import Source
+from itjax.data import library, templates
+from itjax.data.templates import EXEMPLARS, Family, FewShot, Lots, Rendered, Row, Template
+
+VERSION = 1  # of how conversations are made and drawn; a new number makes all caches anew
+ATTEMPTS = 4  # rows of the pool that are looked at for each worked example wanted
+SPLITS = ("train", "eval")
+_T = TypeVar("_T")
+
+
+class Rows(Protocol):
+    """Rows as the file has them, in a fixed order."""
+
+    name: str
+
+    def __len__(self) -> int: ...
+    def row(self, index: int) -> Mapping[str, Any]: ...
+    def key(self, index: int) -> str: ...
+    def fingerprint(self) -> str:
+        """Changes when any row does."""
+
+
+class Phrased:
+    """Rows in the words of a family. A source of conversations, `editions` times as long as its rows.
+
+    `pool` is where worked examples come from: rows that are never evaluated on, without the row itself. `few_shot` is
+    how many at most: a row gets 0 to `few_shot`, drawn evenly. `inverted` is the share of rows whose answer is given and
+    whose question is asked for. For training ("train") a held-out phrasing is refused.
+    """
+
+    def __init__(
+        self,
+        rows: Rows,
+        family: Family,
+        *,
+        split: str,
+        phrasings: str,
+        seed: int,
+        columns: Mapping[str, str] | None = None,
+        few_shot: int = 0,
+        inverted: float = 0.0,
+        pool: Rows | None = None,
+        editions: int = 1,
+        measure: Callable[[str], int] = len,
+    ) -> None:
+        assert split in SPLITS, split
+        self.name, self.editions, self.rows, self.family = rows.name, editions, rows, family
+        self._columns, self._seed, self._few_shot, self._inverted = dict(columns or {}), seed, few_shot, inverted
+        self._pool, self._measure, self._split, self._phrasings = pool, measure, split, phrasings
+        place = f"source {rows.name!r}"
+        _check_columns(self._columns, family, place)
+        self._templates = _usable(templates.selected(family, phrasings), split, few_shot, family, place)
+        is_one = phrasings not in ("seen", "heldout", "all")
+        self._direct = [one for one in self._templates if is_one or not one.inverted]
+        self._turned = [one for one in self._templates if one.inverted and not is_one]
+        if inverted > 0 and not self._turned:
+            raise ValueError(
+                f"{place}: inverted is {inverted}, and family {family.name!r} has no such phrasings; use 0"
+            )
+        if inverted < 1 and not self._direct:
+            raise ValueError(
+                f"{place}: all {phrasings} phrasings of family {family.name!r} are inverted; use inverted=1"
+            )
+        if few_shot and (pool is None or not len(pool)):
+            raise ValueError(
+                f"{place}: few_shot is {few_shot}, and there is no row to take worked examples from; use 0"
+            )
+
+    def __len__(self) -> int:
+        return len(self.rows) * self.editions
+
+    def conversation(self, index: int) -> Conversation:
+        if not 0 <= index < len(self):
+            raise IndexError(f"{self.name}: row {index} of {len(self)}")
+        edition, number = divmod(index, len(self.rows))
+        key = self.rows.key(number)
+        row = templates.read(self.family, self.rows.row(number), columns=self._columns, place=key)
+        lots = Lots(self._seed, key, edition)
+        for template in self._candidates(row, key, edition):
+            asked = templates.render(self.family, template, row, lots=lots, source=self.name, place=key)
+            found = self._exemplars(template, asked, lots)
+            if EXEMPLARS not in self.family.said[template.name]:
+                return _before(asked.conversation, found, self._style(lots), self.family.few_shot)
+            if found:
+                written = self.family.few_shot.delimiter.join(one.text for one in found)
+                made = templates.render(
+                    self.family, template, row, lots=lots, source=self.name, place=key, exemplars=written
+                )
+                return _tagged(made.conversation, found)
+        raise ValueError(f"{key}: no phrasing of family {self.family.name!r} fits the row: it lacks what they say")
+
+    def fingerprint(self) -> str:
+        """Changes with whatever changes the conversations."""
+        settings = (self._seed, self._columns, self._few_shot, self._inverted, self.editions)
+        chosen = (self._split, self._phrasings, getattr(self._measure, "__qualname__", type(self._measure).__name__))
+        pool = self._pool.fingerprint() if self._pool is not None and self._few_shot else ""
+        parts = (VERSION, self.name, self.rows.fingerprint(), fingerprint(self.family), pool, settings, chosen)
+        return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+    def _candidates(self, row: Row, key: str, edition: int) -> Iterator[Template]:
+        """The phrasing of this edition; behind it, those that stand in where it wants worked examples and none fit."""
+        group, turn = self._group(key, edition)
+        fitting = [one for one in group if self.family.fits(one, row)]
+        if fitting:
+            around, place = divmod(turn, len(fitting))
+            order = Lots(self._seed, key, around).order(len(fitting), "phrasing")
+            yield fitting[order[place]]
+            yield from (one for one in fitting if EXEMPLARS not in self.family.said[one.name])
+
+    def _group(self, key: str, edition: int) -> tuple[Sequence[Template], int]:
+        """Direct or inverted phrasings, and how often the row has met that group before.
+
+        Over E epochs a row meets inverted phrasings floor or ceil(E * inverted) times.
+        """
+        start = Lots(self._seed, key, 0).share("inverted")
+        before = math.floor(start + edition * self._inverted)
+        if math.floor(start + (edition + 1) * self._inverted) > before:
+            return self._turned, before
+        return self._direct, edition - before
+
+    def _style(self, lots: Lots) -> str:
+        style = self.family.few_shot.style
+        return lots.pick(("turns", "text"), "style") if style == "both" else style
+
+    def _exemplars(self, template: Template, asked: Rendered, lots: Lots) -> list["Exemplar"]:
+        """Rows of the pool in the same words, as many as were drawn and fit the budget."""
+        least = 1 if EXEMPLARS in self.family.said[template.name] else 0
+        wanted = least + int(lots.share("few shot") * (self._few_shot - least + 1)) if self._few_shot else 0
+        if not wanted or self._pool is None or not _is_plain(asked):
+            return []
+        found: list[Exemplar] = []
+        left = self.family.few_shot.budget
+        seen = {lots.key}
+        for attempt in range(ATTEMPTS * wanted):
+            exemplar = self._exemplar(lots.number(f"exemplar {attempt}") % len(self._pool), template, asked, lots, seen)
+            if exemplar is None:
+                continue
+            left -= self._measure(exemplar.prompt) + self._measure(exemplar.answer)
+            if left < 0:
+                break
+            found.append(exemplar)
+            if len(found) == wanted:
+                break
+        return found
+
+    def _exemplar(
+        self, number: int, template: Template, asked: Rendered, lots: Lots, seen: set[str]
+    ) -> "Exemplar | None":
+        """One row of the pool, unless it is there already, asks the same, or is not to be had in these words."""
+        assert self._pool is not None
+        key = self._pool.key(number)
+        if key in seen:
+            return None
+        seen.add(key)
+        try:
+            row = templates.read(self.family, self._pool.row(number), columns=self._columns, place=key)
+            if not self.family.fits(template, row):
+                return None
+            beside = _Beside(lots.seed, key, lots.round, lots)
+            made = templates.render(self.family, template, row, lots=beside, source=self.name, place=key)
+        except ValueError:  # a row that cannot be read is told where it is itself asked
+            return None
+        if made.prompt == asked.prompt and made.system == asked.system:
+            return None
+        return Exemplar(key, made.prompt, made.answer, made.exemplar) if _is_plain(made) else None
+
+
+class Exemplar(NamedTuple):
+    """A worked example."""
+
+    key: str
+    prompt: str
+    answer: str
+    text: str  # as the phrasing writes it where it says {exemplars}
+
+
+@dataclass(frozen=True)
+class _Beside(Lots):
+    """Lots of a worked example: system prompt and marker are the question's, the order of options its own."""
+
+    asked: Lots
+
+    def pick(self, things: Sequence[_T], what: str) -> _T:
+        return self.asked.pick(things, what)
+
+
+def _check_columns(columns: Mapping[str, str], family: Family, place: str) -> None:
+    for name in columns:
+        if name not in family.fields and not family.expressions:
+            raise ValueError(
+                f"{place}: columns: {name!r} is no field of family {family.name!r}; "
+                f"{templates.nearest(name, family.fields)}"
+            )
+
+
+def _usable(chosen: Sequence[Template], split: str, few_shot: int, family: Family, place: str) -> tuple[Template, ...]:
+    """Those that may be used: held-out ones never in training, those that say {exemplars} only where there are some."""
+    held = [one.name for one in chosen if one.heldout]
+    if held and split == "train":
+        raise ValueError(
+            f"{place}: phrasing {held[0]!r} of family {family.name!r} is held out for evaluation; train on 'seen' ones"
+        )
+    usable = tuple(one for one in chosen if few_shot or EXEMPLARS not in family.said[one.name])
+    if not usable:
+        raise ValueError(f"{place}: all phrasings chosen say {{exemplars}}; set few_shot to at least 1")
+    return usable
+
+
+def family_of(source: Source, *, place: str) -> Family:
+    """The family that a source of the config names: its own files, or a kind of the library."""
+    if source.kind and source.templates:
+        raise ValueError(f"{place}: it names kind {source.kind!r} and templates {source.templates!r}; keep one")
+    return library.family(source.kind) if source.kind else library.read(Path(source.templates).expanduser())
+
+
+def fingerprint(family: Family) -> str:
+    """Changes with anything that shapes what the family says."""
+    few_shot = vars(family.few_shot)
+    fields = {name: vars(one) for name, one in family.fields.items()}
+    shape = [
+        family.name,
+        [_said(one) for one in family.templates],
+        fields,
+        family.markers,
+        few_shot,
+        family.expressions,
+    ]
+    return hashlib.sha256(json.dumps(shape, sort_keys=True, default=repr).encode()).hexdigest()
+
+
+def _said(template: Template) -> dict[str, Any]:
+    return {name: value for name, value in vars(template).items() if not name.startswith("_")}
+
+
+def exemplars(conversation: Conversation) -> list[str]:
+    """The keys of the rows that stand in a conversation as worked examples."""
+    return json.loads(conversation.tags.get(EXEMPLARS, "[]"))
+
+
+def _before(made: Conversation, found: Sequence[Exemplar], style: str, few_shot: FewShot) -> Conversation:
+    """The conversation with worked examples before its question; they are never learned."""
+    if not found:
+        return made
+    *first, question, answer = made.messages
+    if style == "text":
+        lead = [few_shot.lead] if few_shot.lead else []
+        worked = [f"{one.prompt}{few_shot.delimiter}{one.answer}" for one in found]
+        question = Message("user", few_shot.separator.join([*lead, *worked, question.content]))
+    else:
+        for one in found:
+            first += [Message("user", one.prompt), Message("assistant", one.answer, learn=False)]
+    return _tagged(replace(made, messages=(*first, question, answer)), found)
+
+
+def _tagged(made: Conversation, found: Sequence[Exemplar]) -> Conversation:
+    return replace(made, tags={**made.tags, EXEMPLARS: json.dumps([one.key for one in found])})
+
+
+def _is_plain(made: Rendered) -> bool:
+    """One question and one answer in words, so that another can stand before it."""
+    messages, said = made.conversation.messages, made.conversation.tools
+    return not said and len(messages) == 2 + (messages[0].role == "system") and not messages[-1].tool_calls
