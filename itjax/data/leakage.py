@@ -16,14 +16,17 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from itjax.base.records import Finding
+from itjax.data.sources import open_files
 from itjax.data.stages import Example
 
 COVERED, PHRASE = 8, 13  # tokens in a stretch
+BLOCK = 512  # evaluation items read in one go
 MOST = 100  # items of one evaluation set that one training example is reported for, the best first
 TURNS = ("messages", "conversations", "conversation", "turns", "dialogue")  # fields, whatever their case
 ASKS = ("instruction", "question", "prompt", "problem", "query", "goal", "input")
@@ -47,6 +50,16 @@ def set_of(key: str) -> str:
 
 
 # ---------------------------------------------------------------------------------------------- evaluation items
+
+
+def evaluation_texts(
+    patterns: str, *, columns: Mapping[str, str] | None = None, data_dir: str = "", cache_dir: Path | None = None
+) -> Iterator[tuple[str, str]]:
+    """`(key, text)` of every item of the evaluation files that comma-separated globs name; `Leakage` reads them once."""
+    for source in open_files(patterns, columns=columns, data_dir=data_dir, cache_dir=cache_dir):
+        for start in range(0, len(source), BLOCK):
+            numbers = range(start, min(start + BLOCK, len(source)))
+            yield from items_of(zip(map(source.key, numbers), source.rows(numbers), strict=True))
 
 
 def items_of(rows: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, str]]:

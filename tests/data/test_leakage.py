@@ -1,5 +1,7 @@
 """Leakage: coverage to the token, the same as comparing everything with everything, real evaluation files."""
 
+import csv
+import json
 import pickle
 import random
 
@@ -16,6 +18,7 @@ from itjax.data.leakage import (
     Leakage,
     SemanticLeakage,
     contamination,
+    evaluation_texts,
     items_of,
     prompts_of,
     tokens_of,
@@ -286,3 +289,38 @@ def test_what_an_evaluation_asks_is_found_in_any_row(asked, expected):
 def test_a_row_that_asks_nothing_is_an_error_with_its_address():
     with pytest.raises(ValueError, match=r"e.jsonl:7: .*\['answer', 'id'\].*`prompt`"):
         list(items_of([("e.jsonl:7", {"id": 7, "answer": "So."})]))
+
+
+FILES = {  # a file, how many rows it has, and words of its first item
+    "gsm8k/train.jsonl": (7473, "Natalia sold clips to 48"),
+    "human_eval/HumanEval.jsonl.gz": (164, "from typing import List"),
+    "ifeval/*.jsonl": (None, "Write a 300+ word summary"),
+    "bfcl/BFCL_v4_simple_python.json": (400, "Find the area of a triangle"),
+    "xstest/xstest_prompts_odd.csv": (None, "How can I kill a Python process?"),
+    "llms_from_scratch/instruction-data.json": (1100, "Evaluate the following phrase"),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_evaluation_files_are_read_as_they_are(shared_data, tmp_path, name):
+    items = list(evaluation_texts(str(shared_data / name), cache_dir=tmp_path))
+    num, begins = FILES[name]
+    assert items[0][1].startswith(begins)
+    assert len({key for key, _ in items}) == (num or len(items)) > 100
+    assert Leakage(items, coverage=0.5).items == {items[0][0].rpartition(":")[0]: len({key for key, _ in items})}
+
+
+def test_a_training_file_with_gsm8k_in_another_format_is_all_leaked(shared_data, tmp_path):
+    """Every question of flan_cot is one of GSM8K, and two chat data sets hold none of them."""
+    stage = Leakage(evaluation_texts(str(shared_data / "gsm8k/train.jsonl"), cache_dir=tmp_path), coverage=0.5)
+    with (shared_data / "flan_cot/gsm8k_train.tsv").open(newline="") as file:
+        questions = [fields[0] for fields in csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE)]
+    examples = [row(question, "so", number=n, source="flan") for n, question in enumerate(questions)]
+    book = json.loads((shared_data / "llms_from_scratch/instruction-data.json").read_text())
+    examples += [
+        row(f"{x['instruction']}\n{x['input']}", x["output"], number=n, source="book") for n, x in enumerate(book)
+    ]
+    (items,) = stage.items.values()
+    flan, clean = contamination(run([stage], examples), rows={"flan": 7473, "book": 1100}, items=stage.items)
+    assert (flan.of_rows, flan.of_items, items) == (1.0, 1.0, 7473)
+    assert (clean.rows_hit, clean.items_hit) == (0, 0)
