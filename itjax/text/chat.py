@@ -10,39 +10,162 @@ Each segment is tokenised on its own, so the ids of a prompt are exactly the fir
 data is never read as a control token.
 """
 
-import re
-from collections.abc import Iterable, Sequence
-from functools import lru_cache
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import chain
+from typing import Any
 
 import numpy as np
 
 from itjax.base.records import Conversation, Message, Segment
+from itjax.base.schema import LEARN
+from itjax.text import writing
 from itjax.text.formats import BOS, EOS, Format
+from itjax.text.jinja import ChatTemplate
+from itjax.text.pieces import AFTER, EDGE, SAID, Piece
 from itjax.text.tokenizer import Tokenizer
 
 LEARNED = 1.0
+NO_FLAG = "no message has `learn` set"
+Writes = Format | ChatTemplate  # whatever can write a conversation
 
 
-def render(conversation: Conversation, fmt: Format, *, prompt_weight: float) -> list[Segment]:
-    """The whole conversation. Assistant content and terminator weigh 1 or `message.learn`, the rest `prompt_weight`."""
-    if conversation.tags.get("tools"):
+def render(
+    conversation: Conversation,
+    fmt: Writes,
+    *,
+    prompt_weight: float,
+    learn: str = "all",
+    learns_separator: bool = False,
+) -> list[Segment]:
+    """The whole conversation, each stretch with its weight.
+
+    What an assistant says weighs 1 or `message.learn`: all turns, the last, or those with a flag. The rest weighs
+    `prompt_weight`. A turn that the format writes otherwise when it is asked for (see `views`) is not learned.
+    """
+    if conversation.tags.get("tools") and not conversation.tools:
         raise ValueError(f"format {fmt.name!r} cannot write the row's tools; remove them or choose another format")
-    segments = list(_own(fmt.begin, fmt, 0.0))
-    for message in _arrange(conversation.messages, fmt):
-        turn = fmt.turns[message.role]
-        weight = _weight(message, prompt_weight)
-        segments += _own(turn.header, fmt, prompt_weight)
-        segments += _content(message, fmt, weight)
-        segments += _own(turn.terminator, fmt, weight)
-        segments += _own(turn.separator, fmt, prompt_weight)
-    return segments
+    pieces = write(conversation, fmt)
+    weights = _turn_weights(conversation.messages, learn, prompt_weight)
+    for turn in inexact(conversation, fmt):
+        weights[turn] = 0.0
+    return [
+        Segment(piece.text, _weight(piece, weights, prompt_weight, learns_separator), special=piece.control)
+        for piece in pieces
+    ]
 
 
-def prompt(messages: Sequence[Message], fmt: Format) -> list[Segment]:
-    """The messages and the header of the answer, for generation: the first segments of `render` with that answer."""
-    asked = Conversation(tuple(messages), source="", key="prompt")
-    return render(asked, fmt, prompt_weight=0.0) + list(_own(fmt.turns["assistant"].header, fmt, 0.0))
+def prompt(
+    messages: Sequence[Message],
+    fmt: Writes,
+    *,
+    tools: Sequence[Mapping[str, Any]] = (),
+    thinking: bool | None = None,
+) -> list[Segment]:
+    """The messages and the header of the answer, for generation: the first segments of `render` with that answer.
+
+    `thinking` False asks formats that think for an answer without a thought; None is what the model's template does.
+    """
+    if isinstance(fmt, ChatTemplate):
+        pieces = fmt.ask(messages, tools, thinking=thinking)
+    else:
+        pieces = writing.ask(messages, tools, fmt, thinking=thinking)
+    return [Segment(piece.text, 0.0, special=piece.control) for piece in pieces]
+
+
+def write(conversation: Conversation, fmt: Writes) -> list[Piece]:
+    """The pieces of the whole conversation."""
+    return fmt.write(conversation) if isinstance(fmt, ChatTemplate) else writing.write(conversation, fmt)
+
+
+# ------------------------------------------------------------------------------------------------ what is learned
+
+
+def _turn_weights(messages: Sequence[Message], learn: str, prompt_weight: float) -> dict[int, float]:
+    if learn not in LEARN:
+        raise ValueError(f"learn: {learn!r} is unknown. Known: {', '.join(LEARN)}")
+    if learn == "flag" and all(message.learn is None for message in messages):
+        raise ValueError(f"{NO_FLAG}; set it on the messages to learn, or choose learn 'all' or 'last'")
+    last = max((turn for turn, message in enumerate(messages) if message.role == "assistant"), default=-1)
+    weights = {}
+    for turn, message in enumerate(messages):
+        if learn == "last" and turn != last:
+            weights[turn] = 0.0 if message.role == "assistant" else prompt_weight
+        elif message.learn is not None:
+            weights[turn] = float(message.learn)
+        elif message.role == "assistant":
+            weights[turn] = 0.0 if learn == "flag" else LEARNED
+        else:
+            weights[turn] = prompt_weight
+    return weights
+
+
+def _weight(piece: Piece, weights: Mapping[int, float], prompt_weight: float, learns_separator: bool) -> float:
+    if piece.part == EDGE:
+        return 0.0
+    if piece.part == SAID or (piece.part == AFTER and learns_separator):
+        return weights.get(piece.turn, prompt_weight)
+    return prompt_weight
+
+
+def inexact(conversation: Conversation, fmt: Writes) -> list[int]:
+    """Assistant turns that the whole conversation shows otherwise than the prompt that asks for them.
+
+    Qwen3 leaves earlier thinking out, Mistral moves the system prompt to the last question: what was said then followed
+    another text than the one that stands here.
+    """
+    messages = conversation.messages
+    turns = [turn for turn, message in enumerate(messages) if message.role == "assistant"]
+    if not fmt.rewrites_history or turns in ([], [len(messages) - 1]):
+        return []
+    whole = write(conversation, fmt)
+    if isinstance(fmt, ChatTemplate):
+        exact = {piece.turn for piece in whole if piece.part == SAID}
+        return [turn for turn in turns if turn not in exact]
+    return [turn for turn in turns if not _is_exact(turn, conversation, whole, fmt)]
+
+
+def _is_exact(turn: int, conversation: Conversation, whole: Sequence[Piece], fmt: Format) -> bool:
+    """Whether the whole begins with the conversation up to this turn's terminator, as it is when the turn is last."""
+    alone = writing.write(replace(conversation, messages=conversation.messages[: turn + 1]), fmt)
+    last = max((n for n, piece in enumerate(alone) if piece.turn == turn and piece.part == SAID), default=-1)
+    return last >= 0 and list(alone[: last + 1]) == list(whole[: last + 1])
+
+
+def views(conversation: Conversation, fmt: Writes, *, learn: str = "all") -> list[Conversation]:
+    """The conversation as few times as it takes for every learned turn to follow exactly its own prompt.
+
+    One for most formats. Where a format rewrites history, a view ends with a turn and learns the turns that it shows
+    exactly and that no longer view has learned.
+    """
+    weights = _turn_weights(conversation.messages, learn, 0.0)
+    assistants = [t for t, message in enumerate(conversation.messages) if message.role == "assistant"]
+    left = [turn for turn in assistants if weights[turn]]
+    found: list[Conversation] = []
+    messages = conversation.messages
+    while left:
+        view = replace(conversation, messages=messages)
+        exact = set(left) - set(inexact(view, fmt))
+        if not exact and len(messages) > left[-1] + 1:
+            messages = messages[: left[-1] + 1]
+            continue
+        if not exact:
+            raise ValueError(f"format {fmt.name!r}: turn {left[-1]} does not follow its own prompt")
+        found.append(replace(view, messages=_learning_only(messages, exact, assistants, weights)))
+        left = [turn for turn in left if turn not in exact]
+        messages = messages[: left[-1] + 1] if left else ()
+    return found[::-1] or [conversation]
+
+
+def _learning_only(
+    messages: Sequence[Message], learned: set[int], assistants: Sequence[int], weights: Mapping[int, float]
+) -> tuple[Message, ...]:
+    silent = {turn: 0.0 for turn in assistants}
+    chosen = silent | {turn: weights[turn] for turn in learned}
+    return tuple(replace(m, learn=chosen[t]) if t in chosen else m for t, m in enumerate(messages))
+
+
+# ------------------------------------------------------------------------------------------------ ids
 
 
 def encode(segments: Sequence[Segment], tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
@@ -53,80 +176,62 @@ def encode(segments: Sequence[Segment], tokenizer: Tokenizer) -> tuple[np.ndarra
 def encode_many(
     conversations: Sequence[Sequence[Segment]], tokenizer: Tokenizer
 ) -> list[tuple[np.ndarray, np.ndarray]]:
-    """`encode` for many at a time; a text that stands in several (headers, system prompts) is tokenised once."""
+    """`encode` for many at a time; a text that stands in several (headers, system prompts) is tokenised once.
+
+    Some tokenizers begin every text with a space of their own. They get it where a text begins, which is at the start
+    and after control tokens, and not where a segment goes on with the text of the one before.
+    """
+    if tokenizer.space_before:
+        return _encode_with_spaces(conversations, tokenizer)
     texts = list(dict.fromkeys(s.text for segments in conversations for s in segments if not s.special))
     text_ids = dict(zip(texts, tokenizer.encode_many(texts), strict=True))
     specials = {s.text for segments in conversations for s in segments if s.special}
     special_ids = {text: [_special_id(text, tokenizer)] for text in specials}
-    return [_join(segments, text_ids, special_ids) for segments in conversations]
+    return [
+        _join([special_ids[s.text] if s.special else text_ids[s.text] for s in segments], segments)
+        for segments in conversations
+    ]
 
 
-def stop_ids(fmt: Format, tokenizer: Tokenizer) -> frozenset[int]:
-    """The ids that end an answer: the assistant's terminator, and the tokenizer's end of text."""
-    terminator = next((s.text for s in _own(fmt.turns["assistant"].terminator, fmt, 0.0) if s.special), EOS)
-    return frozenset({_special_id(terminator, tokenizer)} | ({tokenizer.eos} if tokenizer.eos is not None else set()))
+def _encode_with_spaces(
+    conversations: Sequence[Sequence[Segment]], tokenizer: Tokenizer
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    always = tokenizer.space_before == "always"
+    keys = [[(s.text, _kind(n, segments, always)) for n, s in enumerate(segments)] for segments in conversations]
+    wanted = dict.fromkeys(chain.from_iterable(keys))
+    ids: dict[tuple[str, str], list[int]] = {}
+    for kind, encode_texts in (("begins", tokenizer.encode_many), ("goes on", tokenizer.encode_more)):
+        texts = [text for text, is_kind in wanted if is_kind == kind]
+        ids |= zip(((text, kind) for text in texts), encode_texts(texts), strict=True)
+    ids |= {(text, kind): [_special_id(text, tokenizer)] for text, kind in wanted if kind == "special"}
+    return [_join([ids[key] for key in row], segments) for row, segments in zip(keys, conversations, strict=True)]
 
 
-def _join(
-    segments: Sequence[Segment], text_ids: dict[str, list[int]], special_ids: dict[str, list[int]]
-) -> tuple[np.ndarray, np.ndarray]:
-    parts = [special_ids[s.text] if s.special else text_ids[s.text] for s in segments]
+def _kind(number: int, segments: Sequence[Segment], always: bool) -> str:
+    if segments[number].special:
+        return "special"
+    return "begins" if number == 0 or (always and segments[number - 1].special) else "goes on"
+
+
+def _join(parts: Sequence[Sequence[int]], segments: Sequence[Segment]) -> tuple[np.ndarray, np.ndarray]:
     counts = [len(part) for part in parts]
     ids = np.fromiter(chain.from_iterable(parts), dtype=np.int32, count=sum(counts))
     return ids, np.repeat(np.array([s.weight for s in segments], dtype=np.float32), counts)
 
 
+def stop_ids(fmt: Writes, tokenizer: Tokenizer) -> frozenset[int]:
+    """The ids that end an answer: the assistant's terminator, and the tokenizer's end of text."""
+    terminator = fmt.terminator if isinstance(fmt, ChatTemplate) else _terminator(fmt)
+    return frozenset({_special_id(terminator, tokenizer)} | ({tokenizer.eos} if tokenizer.eos is not None else set()))
+
+
+def _terminator(fmt: Format) -> str:
+    return next((name for name in fmt.specials.findall(fmt.turns["assistant"].terminator)), EOS)
+
+
 def _special_id(text: str, tokenizer: Tokenizer) -> int:
-    id = {BOS: tokenizer.bos, EOS: tokenizer.eos}.get(text, tokenizer.control(text))
+    id = {BOS: tokenizer.bos, EOS: tokenizer.eos}.get(text)
+    id = tokenizer.control(text) if id is None else id
     if id is None:
         raise ValueError(f"tokenizer: there is no control token {text!r}; choose a format made for this tokenizer")
     return id
-
-
-def _own(text: str, fmt: Format, weight: float) -> tuple[Segment, ...]:
-    """Segments of the format's own text; its control tokens are special."""
-    return _split(text, fmt.specials, weight)
-
-
-@lru_cache(maxsize=4096)
-def _split(text: str, specials: re.Pattern[str], weight: float) -> tuple[Segment, ...]:
-    parts = enumerate(specials.split(text))
-    return tuple(Segment(part, weight, special=number % 2 == 1) for number, part in parts if part)
-
-
-def _content(message: Message, fmt: Format, weight: float) -> Iterable[Segment]:
-    if message.tool_calls or message.reasoning:
-        what = "tool calls" if message.tool_calls else "reasoning"
-        raise ValueError(f"format {fmt.name!r} cannot write {what}; remove them or choose another format")
-    content = message.content.strip() if fmt.trims else message.content
-    return [Segment(content, weight)] if content else []
-
-
-def _weight(message: Message, prompt_weight: float) -> float:
-    if message.learn is not None:
-        return float(message.learn)
-    return LEARNED if message.role == "assistant" else prompt_weight
-
-
-def _arrange(messages: Sequence[Message], fmt: Format) -> list[Message]:
-    """The messages as the format can write them: with its default system prompt, or system text joined to a user's."""
-    arranged = list(messages)
-    has_system = bool(arranged) and arranged[0].role == "system"
-    if fmt.default_system and not has_system:
-        arranged.insert(0, Message("system", fmt.default_system))
-    if has_system and fmt.system_joiner is not None:
-        arranged = _join_system(arranged, fmt.system_joiner, fmt)
-    for message in arranged:
-        if message.role not in fmt.turns:
-            raise ValueError(f"format {fmt.name!r} has no place for role {message.role!r}; it has {sorted(fmt.turns)}")
-    return arranged
-
-
-def _join_system(messages: list[Message], joiner: str, fmt: Format) -> list[Message]:
-    system, *others = messages
-    if not others or others[0].role != "user":
-        raise ValueError(
-            f"format {fmt.name!r} writes a system message before a user's; the next message is not a user's"
-        )
-    first = others[0]
-    return [Message("user", system.content + joiner + first.content, learn=first.learn, name=first.name), *others[1:]]

@@ -7,18 +7,21 @@ gives back exactly the text it was given.
 import hashlib
 import io
 import itertools
+import json
 import logging
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import sentencepiece
 
 log = logging.getLogger(__name__)
 
+FOLDER_FILES = ("tokenizer.json", "tokenizer.model")  # of a model's folder, the first that is there
+NO_SPACE_BEFORE = b"\x1a\x02\x18\x00"  # of a SentencePiece model, behind its bytes: add_dummy_prefix = false
 SPACE_MARK = "\u2581"  # how SentencePiece writes a space inside pieces; it decodes as a space wherever it stands
 UNKNOWN_MARK = "\u2585"  # SentencePiece's own sign for unknown text
 SPECIALS = ("<pad>", "<unk>", "<s>", "</s>")
@@ -31,6 +34,15 @@ WORD = re.compile(
     f" ?[^ \n\t\0{SPACE_MARK}{UNKNOWN_MARK}0-9{MARKS}]{{1,64}}| ?[0-9]{{1,64}}| ?[{MARKS}]{{1,64}}| +(?= )| +"
 )
 
+CONTROL_NAME = re.compile(
+    r"<\|[^<>\s]+\|>|<｜[^<>\s]+｜>|</?[A-Za-z][\w@:.-]*>|\[/?[A-Z][A-Z0-9_]*\]|\[control_\d+\]|\[@[A-Z]+@\]"
+)
+HTML_NAME = re.compile(
+    r"</?(a|b|i|u|p|q|s|em|h[1-6]|li|ol|ul|td|th|tr|br|hr|sub|sup|div|span|code|pre|table|caption|thead|tbody|tfoot"
+    r"|strong|blockquote)>"
+)
+BYTE_NAME = re.compile(r"<0x[0-9A-F]{2}>")
+
 
 class Tokenizer(Protocol):
     """What the rest of the code knows about a tokenizer."""
@@ -40,9 +52,14 @@ class Tokenizer(Protocol):
     eos: int | None
     pad: int | None
     unk: int | None
+    controls: Mapping[str, int]  # control tokens by their text
+    space_before: str  # whether it sets a space before text: "always", before the "first" text only, or "" for never
 
     def encode(self, text: str) -> list[int]: ...
     def encode_many(self, texts: Sequence[str]) -> list[list[int]]: ...
+    def encode_more(self, texts: Sequence[str]) -> list[list[int]]:
+        """The ids of texts that go on after other text: without a space that was not there."""
+
     def decode(self, ids: Sequence[int]) -> str: ...
     def control(self, text: str) -> int | None:
         """The id of the control token with exactly this text."""
@@ -51,8 +68,25 @@ class Tokenizer(Protocol):
     def fingerprint(self) -> str: ...
 
 
+def open(path: str | Path) -> "SentencePiece | HuggingFace":
+    """The tokenizer of a SentencePiece model, of a `tokenizer.json`, or of a model's folder that holds either."""
+    path = Path(path)
+    if path.is_dir():
+        found = [path / name for name in FOLDER_FILES if (path / name).is_file()]
+        if not found:
+            raise ValueError(
+                f"{path}: there is no {' or '.join(FOLDER_FILES)} in this folder; name the tokenizer's file"
+            )
+        path = found[0]
+    return HuggingFace(path) if path.suffix == ".json" else SentencePiece(path)
+
+
 class SentencePiece:
-    """A SentencePiece model, from its file or its bytes."""
+    """A SentencePiece model, from its file or its bytes.
+
+    Pieces of the user's own definition that are written like control tokens (`<start_of_turn>`) are control tokens: the
+    library would find them in any text, so such text is encoded in two halves.
+    """
 
     def __init__(self, model: str | Path | bytes) -> None:
         self.model = model if isinstance(model, bytes) else _read(Path(model))
@@ -66,13 +100,42 @@ class SentencePiece:
         self.eos = _id_or_none(self._pieces.eos_id())
         self.pad = _id_or_none(self._pieces.pad_id())
         self.unk = _id_or_none(self._pieces.unk_id())
-        self._controls = {self.token(id): id for id in range(self.size) if self._pieces.is_control(id)}
+        self.controls = {self._pieces.id_to_piece(id): id for id in range(self.size) if self._is_control(id)}
+        self.space_before = "always" if self._pieces.encode(",", out_type=str)[0].startswith(SPACE_MARK) else ""
+        own = [name for name, id in self.controls.items() if not self._pieces.is_control(id)]
+        self._own_controls = _any_of(own) if own else None
 
     def __reduce__(self) -> tuple[type["SentencePiece"], tuple[bytes]]:
         return SentencePiece, (self.model,)
 
+    def _is_control(self, id: int) -> bool:
+        """Controls of the model, and whole pieces that are written like one."""
+        if self._pieces.is_control(id):
+            return True
+        name = self._pieces.id_to_piece(id)
+        return names_control(name) and self._pieces.encode(name)[-1:] == [id]
+
     def encode(self, text: str) -> list[int]:
         return self.encode_many([text])[0]
+
+    def encode_more(self, texts: Sequence[str]) -> list[list[int]]:
+        if not self.space_before:
+            return self.encode_many(texts)
+        ids = self._going_on.encode([_utf8(text) for text in texts], num_threads=1) if texts else []
+        if self._own_controls is not None:
+            for number, text in enumerate(texts):
+                if self._own_controls.search(text):
+                    ids[number] = self._encode_more_exactly(cut_inside(text, self._own_controls))
+        return ids
+
+    def _encode_more_exactly(self, texts: Sequence[str]) -> list[int]:
+        """Texts that hold no control token and go on, one after the other."""
+        raw = [_utf8(text) for text in texts]
+        return [id for part in (self._going_on.encode(raw, num_threads=1) if raw else []) for id in part]
+
+    @cached_property
+    def _going_on(self) -> sentencepiece.SentencePieceProcessor:
+        return sentencepiece.SentencePieceProcessor(model_proto=self.model + NO_SPACE_BEFORE)
 
     def encode_many(self, texts: Sequence[str]) -> list[list[int]]:
         """The ids of each text, as SentencePiece gives them on one thread; texts that hold a space mark stay exact."""
@@ -82,6 +145,11 @@ class SentencePiece:
             for number, text in enumerate(texts):
                 if not text.isascii() and SPACE_MARK in text:
                     ids[number] = self._encode_around_marks(text)
+        if self._own_controls is not None:
+            for number, text in enumerate(texts):
+                if self._own_controls.search(text):
+                    first, *others = cut_inside(text, self._own_controls)
+                    ids[number] = self._pieces.encode(_utf8(first)) + self._encode_more_exactly(others)
         return ids
 
     def _encode_around_marks(self, text: str) -> list[int]:
@@ -102,7 +170,7 @@ class SentencePiece:
         return self._pieces.decode([int(id) for id in ids])
 
     def control(self, text: str) -> int | None:
-        return self._controls.get(text)
+        return self.controls.get(text)
 
     def token(self, id: int) -> str:
         """The token as it is written in the vocabulary, with spaces as spaces."""
@@ -110,6 +178,163 @@ class SentencePiece:
 
     def fingerprint(self) -> str:
         return hashlib.sha256(self.model).hexdigest()
+
+
+class HuggingFace:
+    """A `tokenizer.json` of the `tokenizers` library, with the names of its special tokens from the file beside it.
+
+    Added tokens that are special, or written like control tokens (`<think>`), are control tokens: text is encoded by a
+    copy of the tokenizer that does not know them, so no text becomes one.
+    """
+
+    def __init__(self, model: str | Path | bytes, config: Mapping[str, Any] | None = None) -> None:
+        self.model = model if isinstance(model, bytes) else _read(Path(model))
+        place = "tokenizer" if isinstance(model, bytes) else str(model)
+        beside = {} if isinstance(model, bytes) else _config(Path(model).parent)
+        self.config: Mapping[str, Any] = beside if config is None else config
+        fields = _fields(self.model, place)
+        declared = [token for token in fields.get("added_tokens", []) if _is_control_token(token)]
+        self.controls = {token["content"]: int(token["id"]) for token in declared} | _more_controls(self.config)
+        for token in ("bos_token", "eos_token", "pad_token"):
+            name = self.config.get(token)
+            id = fields.get("model", {}).get("vocab", {}).get(name) if isinstance(name, str) else None
+            if isinstance(id, int):
+                self.controls.setdefault(str(name), id)
+        kept = [token for token in fields.get("added_tokens", []) if not _is_control_token(token)]
+        plain = fields | {"added_tokens": kept, "post_processor": None, "truncation": None, "padding": None}
+        self._begins = _load(plain, place)
+        going_on = _without_prefix(plain)
+        self._goes_on = self._begins if going_on == plain else _load(going_on, place)
+        self.space_before = "" if going_on == plain else ("first" if '"first"' in json.dumps(plain) else "always")
+        self._decoder = _load(fields | {"truncation": None, "padding": None}, place)
+        self._by_id = {id: name for name, id in self.controls.items()}
+        self._any_control = _any_of([*self.controls]) if self.controls else re.compile("(?!)")
+        self.size = max([self._decoder.get_vocab_size(with_added_tokens=True), *(id + 1 for id in self._by_id)])
+        self.bos, self.eos = self._named("bos_token"), self._named("eos_token")
+        self.pad, self.unk = self._named("pad_token"), self._named("unk_token")
+        self._never = frozenset(self._by_id) - {self.unk}
+
+    def __reduce__(self) -> tuple[type["HuggingFace"], tuple[bytes, Mapping[str, Any]]]:
+        return HuggingFace, (self.model, self.config)
+
+    def _named(self, name: str) -> int | None:
+        text = self.config.get(name)
+        if not isinstance(text, str):
+            return None
+        return self.controls.get(text, self._decoder.token_to_id(text))
+
+    def encode(self, text: str) -> list[int]:
+        return self.encode_many([text])[0]
+
+    def encode_many(self, texts: Sequence[str]) -> list[list[int]]:
+        return self._encode(texts, self._begins)
+
+    def encode_more(self, texts: Sequence[str]) -> list[list[int]]:
+        return self._encode(texts, self._goes_on)
+
+    def _encode(self, texts: Sequence[str], tokenizer: Any) -> list[list[int]]:
+        for text in texts:
+            _utf8(text)
+        encoded = [row.ids for row in tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
+        for number, ids in enumerate(encoded):
+            if not self._never.isdisjoint(ids):  # a vocabulary of whole words holds its control tokens' names
+                parts = cut_inside(texts[number], self._any_control)
+                first = tokenizer.encode(parts[0], add_special_tokens=False).ids
+                others = self._goes_on.encode_batch(parts[1:], add_special_tokens=False)
+                encoded[number] = first + [id for row in others for id in row.ids]
+        return encoded
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text; control tokens are silent, bytes that are not UTF-8 become U+FFFD."""
+        return self._decoder.decode([int(id) for id in ids if int(id) not in self._by_id], skip_special_tokens=False)
+
+    def control(self, text: str) -> int | None:
+        return self.controls.get(text)
+
+    def token(self, id: int) -> str:
+        """The token as it is written in the vocabulary, with spaces as spaces."""
+        if int(id) in self._by_id:
+            return self._by_id[int(id)]
+        piece = self._decoder.id_to_token(int(id)) or ""
+        return piece.replace(SPACE_MARK, " ") if SPACE_MARK in piece else self._decoder.decode([int(id)]) or piece
+
+    def fingerprint(self) -> str:
+        return hashlib.sha256(self.model + json.dumps(self.config, sort_keys=True).encode()).hexdigest()
+
+
+def names_control(name: str) -> bool:
+    """Whether a token is written like a control token: `<|end|>`, `<think>`, `[INST]`; not white space, not HTML."""
+    return bool(CONTROL_NAME.fullmatch(name)) and not HTML_NAME.fullmatch(name) and not BYTE_NAME.fullmatch(name)
+
+
+def cut_inside(text: str, controls: re.Pattern[str]) -> list[str]:
+    """The text in parts, none of which holds a control token: each is cut behind its first character."""
+    cuts = [match.start() + 1 for match in re.finditer(f"(?={controls.pattern})", text)]
+    return [text[start:stop] for start, stop in itertools.pairwise([0, *cuts, len(text)])]
+
+
+def _any_of(names: Iterable[str]) -> re.Pattern[str]:
+    return re.compile("|".join(map(re.escape, sorted(names, key=lambda name: (-len(name), name)))))
+
+
+def _is_control_token(token: Mapping[str, Any]) -> bool:
+    return bool(token.get("special")) or names_control(token["content"])
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    """Special tokens by their role, and tokens that are declared beside the tokenizer."""
+    fields: dict[str, Any] = {}
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):
+        if (folder / name).is_file():
+            fields |= _fields((folder / name).read_bytes(), str(folder / name))
+    roles = {name: fields.get(name) for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
+    texts = {name: token.get("content") if isinstance(token, dict) else token for name, token in roles.items()}
+    return {name: text for name, text in texts.items() if isinstance(text, str)} | {
+        "added_tokens_decoder": fields.get("added_tokens_decoder") or {}
+    }
+
+
+def _more_controls(config: Mapping[str, Any]) -> dict[str, int]:
+    declared = config.get("added_tokens_decoder", {})
+    return {token["content"]: int(id) for id, token in declared.items() if _is_control_token(token)}
+
+
+def _without_prefix(fields: dict[str, Any]) -> dict[str, Any]:
+    """The tokenizer that sets no space before a text."""
+    changed = json.loads(json.dumps(fields))
+    normalizer = changed.get("normalizer") or {}
+    if normalizer.get("type") == "Prepend":
+        changed["normalizer"] = None
+    if normalizer.get("type") == "Sequence":
+        normalizer["normalizers"] = [step for step in normalizer["normalizers"] if step["type"] != "Prepend"]
+    before = changed.get("pre_tokenizer") or {}
+    for step in before.get("pretokenizers", [before]):
+        if step.get("type") == "Metaspace":
+            step |= {"prepend_scheme": "never"} | ({"add_prefix_space": False} if "add_prefix_space" in step else {})
+        if step.get("type") == "ByteLevel":
+            step["add_prefix_space"] = False
+    return changed
+
+
+def _load(fields: dict[str, Any], place: str) -> Any:
+    try:
+        import tokenizers
+    except ImportError:
+        raise ValueError(f"{place}: reading this file needs `tokenizers`; install itjax[hf]") from None
+    try:
+        return tokenizers.Tokenizer.from_str(json.dumps(fields))
+    except Exception as error:  # the library raises nothing narrower
+        raise ValueError(f"{place}: not a tokenizer of the tokenizers library ({error})") from None
+
+
+def _fields(raw: bytes, place: str) -> dict[str, Any]:
+    try:
+        fields = json.loads(raw)
+    except ValueError as error:
+        raise ValueError(f"{place}: not JSON ({error}); give the file as it was published") from None
+    if not isinstance(fields, dict):
+        raise ValueError(f"{place}: not a JSON object; give the file as it was published")
+    return fields
 
 
 def train(texts: Iterable[str], *, size: int, controls: Sequence[str], split_digits: bool = True) -> bytes:

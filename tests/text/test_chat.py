@@ -10,6 +10,7 @@ from itjax.text.tokenizer import SentencePiece, train
 
 CONTROLS = tuple(dict.fromkeys(name for fmt in formats.FORMATS.values() for name in fmt.controls))
 TOKENIZER = SentencePiece(train(["user assistant system model The answer is Paris."] * 9, size=400, controls=CONTROLS))
+EMPTY_THOUGHT = "<think>\n\n</think>\n\n"
 ASKED = (Message("system", "Be brief."), Message("user", "Capital of France?"))
 ANSWERED = (*ASKED, Message("assistant", "Paris."))
 
@@ -43,6 +44,31 @@ def text(segments):
             "<|start_header_id|>user<|end_header_id|>\n\nCapital of France?<|eot_id|>"
             "<|start_header_id|>assistant<|end_header_id|>\n\n[Paris.<|eot_id|>]",
         ),
+        ("vicuna", "<s>Be brief.\n\nUSER: Capital of France?\nASSISTANT:[ Paris.</s>]\n"),
+        (
+            "qwen3",
+            "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nCapital of France?<|im_end|>\n"
+            "<|im_start|>assistant\n[<think>\n\n</think>\n\nParis.<|im_end|>]\n",
+        ),
+        ("llama2", "<s>{INST} <<SYS>>\nBe brief.\n<</SYS>>\n\nCapital of France? {/INST}[ Paris. </s>]"),
+        ("mistral_v1", "<s>{INST} Be brief.\n\nCapital of France? {/INST}[ Paris.</s>]"),
+        ("mistral_v3", "<s>{INST}Be brief.\n\nCapital of France?{/INST}[Paris.</s>]"),
+        ("mistral_v7", "<s>{SYSTEM_PROMPT}Be brief.{/SYSTEM_PROMPT}{INST}Capital of France?{/INST}[Paris.</s>]"),
+        (
+            "phi3",
+            "<|system|>\nBe brief.<|end|>\n<|user|>\nCapital of France?<|end|>\n<|assistant|>\n[Paris.<|end|>]\n</s>",
+        ),
+        (
+            "phi4",
+            "<|im_start|>system<|im_sep|>Be brief.<|im_end|><|im_start|>user<|im_sep|>Capital of France?<|im_end|>"
+            "<|im_start|>assistant<|im_sep|>[Paris.<|im_end|>]",
+        ),
+        ("olmo2", "<s><|system|>\nBe brief.\n<|user|>\nCapital of France?\n<|assistant|>\n[Paris.</s>]"),
+        ("tulu", "<|system|>\nBe brief.\n<|user|>\nCapital of France?\n<|assistant|>\n[Paris.</s>]"),
+        (
+            "deepseek_r1",
+            "<s>Be brief.<｜User｜>Capital of France?<｜Assistant｜><think>\n[\n</think>\n\nParis.</s>]",
+        ),
         (
             "gemma2",
             "<s><start_of_turn>user\nBe brief.\n\nCapital of France?<end_of_turn>\n"
@@ -52,7 +78,7 @@ def text(segments):
 )
 def test_exactly_what_the_model_must_emit_is_learned(name, expected):
     segments = chat.render(conversation(*ANSWERED), formats.FORMATS[name], prompt_weight=0.0)
-    before, answer, after = expected.replace("]", "[").split("[")
+    before, answer, after = (part.replace("{", "[").replace("}", "]") for part in expected.replace("]", "[").split("["))
     learned = [segment for segment in segments if segment.weight]
     assert text(segments) == before + answer + after
     assert text(learned) == answer
@@ -78,6 +104,14 @@ def test_weights_are_per_message_and_per_prompt():
     ]
 
 
+def said(content, fmt):
+    """What stands before the terminator: the content, behind an empty thought and the space of the format."""
+    thought = "" if fmt.reasoning is None else (fmt.reasoning.closing if fmt.reasoning.prompted else EMPTY_THOUGHT)
+    own = fmt.turns["assistant"].terminator.removesuffix("</s>") if "</s>" in fmt.turns["assistant"].terminator else ""
+    content = content.strip() if fmt.trims else content.lstrip("\n") if thought else content
+    return thought + fmt.turns["assistant"].space + content + own
+
+
 @given(
     name=st.sampled_from(sorted(formats.FORMATS)),
     system=st.none() | content,
@@ -95,8 +129,7 @@ def test_a_prompt_is_the_exact_beginning_of_the_training_ids_and_data_never_make
 
     assert ids[: len(prompt_ids)].tolist() == prompt_ids.tolist()
     answer = ids[len(prompt_ids) :][weights[len(prompt_ids) :] > 0]
-    said = messages[-1].content.strip() if fmt.trims else messages[-1].content
-    assert TOKENIZER.decode(answer) == said
+    assert TOKENIZER.decode(answer) == said(messages[-1].content, fmt)
     assert int(answer[-1]) in chat.stop_ids(fmt, TOKENIZER)
 
     control_ids = {TOKENIZER.control(control) for control in (*CONTROLS, "<s>", "</s>")}
