@@ -301,10 +301,18 @@ def shuffled(pool: Pool, start: int, stop: int, *, seed: int) -> tuple[np.ndarra
 
 def _epoch(pool: Pool, epoch: int, seed: int) -> np.ndarray:
     """The examples of an epoch's edition, in the epoch's order."""
-    key = int.from_bytes(hashlib.blake2b(pool.name.encode(), digest_size=8).digest(), "little")
     edition = epoch % len(pool.ends)
     first = int(pool.ends[edition - 1]) if edition else 0
-    return first + permutation(int(pool.ends[edition]) - first, seed, key, epoch)
+    return first + permutation(int(pool.ends[edition]) - first, seed, _key(pool.name), epoch)
+
+
+def _key(name: str) -> int:
+    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little")
+
+
+def sample(size: int, num: int, *, seed: int, name: str) -> np.ndarray:
+    """Which `num` rows stand for a source of `size`, in order: a larger sample holds the smaller."""
+    return np.sort(permutation(size, seed, _key(name))[:num])
 
 
 def permutation(size: int, *key: int) -> np.ndarray:

@@ -134,6 +134,8 @@ def plan(sources: Sequence[Source], recipe: Recipe, shape: Shape, *, steps: int 
         spans.append(stage.fill(border=border, goal=min(goal, border), last=last))
         if stage.is_exhausted and ledger.num_rows < min(goal, border):
             break
+    if not ledger.num_rows:
+        raise ValueError(f"config.sources: there is nothing to draw: {_who(ledger)}; raise max_epochs")
     offsets = np.concatenate([[0], np.cumsum(np.concatenate(ledger.row_sizes), dtype=np.int64)])
     num_rows = int(goal) if epochs is None else _rows_of(offsets, epochs, ledger.epoch_size)
     if num_rows > ledger.num_rows:
@@ -148,7 +150,7 @@ def plan(sources: Sequence[Source], recipe: Recipe, shape: Shape, *, steps: int 
         stages=tuple(_stages(recipe, spans, offsets[:: shape.rows])),
         windows=np.array(ledger.begins),
         reached=np.array(ledger.reached),
-        ended_by=_who(ledger) if epochs is not None and ledger.num_examples < last else "",
+        ended_by=_who(ledger) if num_rows == ledger.num_rows and ledger.num_examples < last < math.inf else "",
     )
 
 
@@ -222,13 +224,15 @@ class _Ledger:
         self.reached: list[list[int]] = []
         self.num_rows = self.num_examples = 0
 
-    def add(self, order: Order, rows: pack.Plan, empty: int) -> None:
-        """A window of examples `order` in these rows, and empty rows after them."""
+    def add(self, order: Order, rows: pack.Plan) -> None:
+        """A window of examples `order` in these rows."""
         self.begins.append(self.num_rows)
         self.orders.append((order.source[rows.items], order.index[rows.items], order.epoch[rows.items]))
-        self.row_sizes.append(np.append(np.diff(rows.row_offsets), np.zeros(empty, np.int64)))
+        self.row_sizes.append(np.diff(rows.row_offsets))
         self.drawn += np.bincount(order.source, minlength=len(self.pools))
-        self.num_rows += rows.num_rows + empty
+        counts = zip(self.pools, self.drawn.tolist(), strict=True)
+        self.reached.append([pool.epoch(count - 1) + 1 if count else 0 for pool, count in counts])
+        self.num_rows += rows.num_rows
         self.num_examples += len(order)
 
 
@@ -239,7 +243,7 @@ class _Stage:
         self.ledger, self.start, self.is_exhausted = ledger, start, False
         self.first, self.drawn = ledger.num_examples, ledger.drawn.copy()  # before the stage
         shares = ledger.recipe.in_examples(ledger.recipe.shares(start))
-        means = [s.lengths[: pool.ends[0]].mean() for s, pool in zip(ledger.sources, ledger.pools, strict=True)]
+        means = [size.tokens / size.examples for size in ledger.recipe.sizes.values()]
         self.per_row = ledger.shape.length / float(shares @ means) if ledger.shape.packing else 1.0  # examples, about
         self.window = math.ceil(ledger.shape.window * self.per_row)  # examples
 
@@ -254,7 +258,7 @@ class _Stage:
             num = math.floor(min(want, last - self.first))
             order, spans = mixture.draw(ledger.pools, self._shares, drawn=self.drawn, num=num, seed=ledger.shape.seed)
             self.is_exhausted = len(order) < num
-            self._pack(order, spans, border=border, goal=goal, is_all=self.is_exhausted or num == last - self.first)
+            self._pack(order, border=border, goal=goal, is_all=self.is_exhausted or num == last - self.first)
             if self.is_exhausted or ledger.num_rows >= goal or ledger.num_examples >= last:
                 return spans
             want = num + 1.05 * max(0, goal - ledger.num_rows) * self.per_row + self.window
@@ -265,7 +269,7 @@ class _Stage:
             return np.zeros(len(recipe.names))
         return recipe.shares(self.start, without=without)
 
-    def _pack(self, order: Order, spans: Sequence[Span], *, border: float, goal: float, is_all: bool) -> None:
+    def _pack(self, order: Order, *, border: float, goal: float, is_all: bool) -> None:
         """Adds the windows that are not there yet, as far as the order goes; `is_all`: no longer order has more."""
         ledger, shape = self.ledger, self.ledger.shape
         lengths = per_example([source.lengths for source in ledger.sources], order)
@@ -274,21 +278,20 @@ class _Stage:
         at = ledger.num_examples - self.first
         while at < len(order) and ledger.num_rows < goal:
             left = border - ledger.num_rows
-            end, closes = self._end(at, left, filled)
+            end = self._end(at, left, filled)
             if end >= len(order) and not is_all:
                 return
             rows = pack.fit(lengths[at:end], length=shape.length, packing=shape.packing)
             while rows.num_rows > left:
-                end, closes = _without_the_emptiest(rows, filled[at : end + 1], left=int(left)) + at, True
+                end = at + _without_the_emptiest(rows, filled[at : end + 1], left=int(left))
                 rows = pack.fit(lengths[at:end], length=shape.length, packing=shape.packing)
             rows = pack.shuffled(rows, seed=shape.seed, number=len(ledger.begins))
             window = Order(order.source[at:end], order.index[at:end], order.epoch[at:end])
-            ledger.add(window, rows, int(left) - rows.num_rows if closes else 0)
-            ledger.reached.append(self._reached(order, spans, end))
+            ledger.add(window, rows)
             at = end
 
-    def _end(self, at: int, left: float, filled: np.ndarray) -> tuple[int, bool]:
-        """Where the window that begins at `at` ends, in examples of the stage, and whether it closes the stage.
+    def _end(self, at: int, left: float, filled: np.ndarray) -> int:
+        """Where the window that begins at `at` ends, in examples of the stage, if they fit the rows that are left of it.
 
         On the grid of the run; but the first window of a stage and its last may be half as large again, so that none is
         too small to pack well.
@@ -297,45 +300,18 @@ class _Stage:
         if at == 0 and self.first and end < min(self.window / 2, epoch_end):
             end, _ = self._on_grid(end)
         if math.isinf(left) or end >= len(filled):
-            return min(end, len(filled) - 1), False
+            return min(end, len(filled) - 1)
         shape = self.ledger.shape
         if (filled[end] - filled[at]) / shape.length <= left - shape.window / 2:
-            return end, False
+            return end
         fitting = int(np.searchsorted(filled, filled[at] + left * shape.length, side="right")) - 1
-        return (epoch_end, False) if epoch_end <= fitting else (fitting, fitting < len(filled) - 1)
+        return min(fitting, epoch_end)
 
     def _on_grid(self, at: int) -> tuple[int, int]:
         """The next end of a window after `at`, and the next end of an epoch."""
         size, number = self.ledger.epoch_size, self.first + at
         end = pack.window_end(number, window=self.window, epoch=size)
         return end - self.first, (number // size + 1) * size - self.first
-
-    def _reached(self, order: Order, spans: Sequence[Span], end: int) -> list[int]:
-        """The epochs of each source that shape the order up to `end`.
-
-        An epoch that is about to begin does too where costs decide and its first example was due: the order has looked at
-        what it costs.
-        """
-        pools = self.ledger.pools
-        if all(len(pool.ends) == 1 for pool in pools):
-            return [0] * len(pools)
-        drawn = self.ledger.drawn.tolist()
-        reached = [pool.epoch(count - 1) + 1 if count else 0 for pool, count in zip(pools, drawn, strict=True)]
-        if pools[0].costs is not None:
-            due = self._due(order, spans, end)
-            for number, pool in enumerate(pools):
-                reached[number] += bool(due[number] and drawn[number] == pool.begin(reached[number]))
-        return reached
-
-    def _due(self, order: Order, spans: Sequence[Span], end: int) -> np.ndarray:
-        """Which sources have had less than their share when the order is at `end`, so that their next example is looked at."""
-        stops = np.cumsum([span.num for span in spans])
-        number = int(np.searchsorted(stops, end))
-        begin, rates = int(stops[number] - spans[number].num), spans[number].rates
-        part = Order(order.source[begin:end], order.index[begin:end], order.epoch[begin:end])
-        costs = per_example([pool.costs for pool in self.ledger.pools if pool.costs is not None], part)
-        had = np.bincount(part.source, costs, len(rates))
-        return had < rates * had.sum() * (1 - 1e-12)
 
 
 def _without_the_emptiest(rows: pack.Plan, filled: np.ndarray, *, left: int) -> int:

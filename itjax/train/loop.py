@@ -69,7 +69,7 @@ def begin(
         return draw(jax.random.key(run.seed)), loader.get_state()
     state, position = saved.restore(latest, compiled.abstract)
     if run.allow_change:
-        position = dataclasses.replace(position, plan=loader.plan_hash)
+        position = dataclasses.replace(position, plan=loader.plan_at(position.step))
     loader.set_state(position)
     return state, position
 

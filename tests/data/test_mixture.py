@@ -298,3 +298,11 @@ def test_further_editions_leave_the_first_epoch_as_it_was():
 
 def test_a_limit_counts_passes_over_the_editions():
     assert [pool("mails", 5, 4, max_epochs=passes).limit for passes in (1, 1.5, 2, 3)] == [5, 7, 9, 14]
+
+
+def test_a_sample_is_seeded_and_a_larger_one_holds_the_smaller():
+    few, more = (mixture.sample(100, num, seed=0, name="mails") for num in (10, 30))
+    assert len(few) == 10
+    assert set(few) < set(more)
+    assert few.tolist() == sorted(few.tolist()) != mixture.sample(100, 10, seed=1, name="mails").tolist()
+    assert mixture.sample(3, 10, seed=0, name="mails").tolist() == [0, 1, 2]
