@@ -95,7 +95,8 @@ class Mark(NamedTuple):
 class RowStage(Protocol):
     """Looks at one example at a time."""
 
-    name: str
+    @property
+    def name(self) -> str: ...
 
     def look(self, example: Example) -> list[Finding]: ...
 
@@ -103,7 +104,8 @@ class RowStage(Protocol):
 class GroupStage(Protocol):
     """Looks at examples that share a bucket."""
 
-    name: str
+    @property
+    def name(self) -> str: ...
 
     def marks(self, example: Example) -> list[Mark]:
         """The buckets of an example, each with what the stage must know of it there."""
