@@ -11,6 +11,7 @@ COMMANDS = {
     "train": ("itjax.main", "train; resumes by itself"),
     "show": ("itjax.show", "print rows as they will be trained"),
     "verify": ("itjax.verify", "prove the invariances on your config and devices"),
+    "audit": ("itjax.audit", "say what is in the data: duplicates, leaks, personal data, offensive and faulty rows"),
     "report": ("itjax.report", "report.html of one run, or a comparison of several"),
 }
 

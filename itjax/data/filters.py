@@ -101,6 +101,7 @@ class Examples:
         self._starts = np.cumsum([0, *(len(source) for source, _ in self._parts)])
         self._progress = progress
         self.unreadable = [Counter[str]() for _ in self._parts]
+        self.files: list[set[str]] = [set() for _ in self._parts]  # `path` of `path:line`
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -119,13 +120,13 @@ class Examples:
         return number - int(self._starts[self.part(number)])
 
     def __iter__(self) -> Iterator[Example]:
-        for (source, split), start, unreadable in zip(
-            self._parts, self._starts.tolist(), self.unreadable, strict=False
-        ):
+        for part, (source, split) in enumerate(self._parts):
+            start, files, unreadable = int(self._starts[part]), self.files[part], self.unreadable[part]
             unreadable.clear()
             for first in range(0, len(source), CHUNK):
                 rows = range(first, min(first + CHUNK, len(source)))
                 for row, conversation in _readable(source, rows, unreadable):
+                    files.add(conversation.key.rpartition(":")[0])
                     yield _example(start + row, split, source, conversation)
                 if self._progress is not None:
                     self._progress(start + rows[-1] + 1, len(self))
@@ -139,13 +140,19 @@ def _example(number: int, split: str, source: RowSource, conversation: Conversat
 
 
 def _readable(source: RowSource, rows: range, unreadable: Counter[str]) -> Iterator[tuple[int, Conversation]]:
+    """Rows with their numbers, read together; one by one where one of them cannot be read."""
+    try:
+        yield from zip(rows, sources.conversations(source, rows), strict=True)
+        return
+    except BadRow:
+        pass
     for row in rows:
         try:
             conversation = source.conversation(row)
         except BadRow as error:
             unreadable[error.reason] += 1
-            continue
-        yield row, conversation
+        else:
+            yield row, conversation
 
 
 class _Known:
@@ -184,6 +191,7 @@ class Reviewed:
     masked: Mapping[str, int]
     tagged: Mapping[str, int]
     unreadable: Mapping[str, int]  # reason -> rows; kept, for whoever encodes them to refuse
+    files: tuple[str, ...]  # that the rows are in
 
 
 @dataclass(frozen=True)
@@ -194,6 +202,7 @@ class Review:
     options: Filters
     reviewed: tuple[Reviewed, ...]  # sources to train on, then held-out ones, in the order given
     findings: tuple[Finding, ...]  # in the order of the examples
+    numbers: tuple[int, ...]  # of the example that each finding is of: see `Examples`
     train: tuple[RowSource, ...]  # what is left to train on, in the order given
     contamination: tuple[Contamination, ...]
 
@@ -240,24 +249,28 @@ def review(
     examples, known = Examples(train, held, progress), _Known()
     findings = stages.run(built, known.note(examples), workers=workers) if built else []
     parts: list[dict[int, list[Finding]]] = [{} for _ in (*train, *held)]
-    for number, finding in zip(known.numbers(findings), findings, strict=True):
+    numbers = tuple(known.numbers(findings))
+    for number, finding in zip(numbers, findings, strict=True):
         parts[examples.part(number)].setdefault(examples.row(number), []).append(finding)
     splits = ["train"] * len(train) + ["eval"] * len(held)
     reviewed = tuple(
-        _reviewed(source, split, found, unreadable)
-        for source, split, found, unreadable in zip((*train, *held), splits, parts, examples.unreadable, strict=True)
+        _reviewed(*of_source)
+        for of_source in zip((*train, *held), splits, parts, examples.unreadable, examples.files, strict=True)
     )
     return Review(
         tuple(names),
         options,
         reviewed,
         tuple(findings),
+        numbers,
         tuple(filtered(source, one.kept, names, options, own) for source, one in zip(train, reviewed, strict=False)),
         _contamination(built, findings, reviewed),
     )
 
 
-def _reviewed(source: RowSource, split: str, found: Mapping[int, list[Finding]], unreadable: Counter[str]) -> Reviewed:
+def _reviewed(
+    source: RowSource, split: str, found: Mapping[int, list[Finding]], unreadable: Counter[str], files: set[str]
+) -> Reviewed:
     keeps = np.ones(len(source), dtype=bool)
     counts: dict[str, Counter[str]] = {action: Counter() for action in ("drop", "mask", "tag")}
     for row, findings in found.items():
@@ -269,7 +282,9 @@ def _reviewed(source: RowSource, split: str, found: Mapping[int, list[Finding]],
             counts["tag" if action == "drop" else action][reason] += 1
     dropped, masked, tagged = (dict(counts[action].most_common()) for action in ("drop", "mask", "tag"))
     kept = np.flatnonzero(keeps).astype(np.int64)
-    return Reviewed(source.name, split, len(source), kept, dropped, masked, tagged, dict(unreadable))
+    return Reviewed(
+        source.name, split, len(source), kept, dropped, masked, tagged, dict(unreadable), tuple(sorted(files))
+    )
 
 
 def _reason(finding: Finding) -> str:
@@ -322,8 +337,17 @@ class Filtered:
         return len(self._kept)
 
     def conversation(self, index: int) -> Conversation:
-        conversation = self._source.conversation(int(self._kept[index]))
+        return self._masked(self._source.conversation(int(self._kept[index])))
+
+    def conversations(self, indices: Sequence[int] | np.ndarray) -> list[Conversation]:
+        read = sources.conversations(self._source, self._kept[np.asarray(indices, np.int64)])
+        return [self._masked(conversation) for conversation in read]
+
+    def _masked(self, conversation: Conversation) -> Conversation:
         return self._masks.masked(conversation) if self._masks else conversation
+
+    def notes(self) -> list[str]:
+        return sources.notes(self._source)
 
     def fingerprint(self) -> str:
         return self._fingerprint

@@ -490,10 +490,10 @@ def find(text: str, kinds: frozenset[str] = DEFAULT_KINDS) -> list[Span]:
     for kind, needs, spans in DETECTORS:
         if needs & shown and kind in kinds:
             found.extend(spans(text))
-    return _apart(found) if found else found
+    return apart(found) if found else found
 
 
-def _apart(found: Iterable[Span]) -> list[Span]:
+def apart(found: Iterable[Span]) -> list[Span]:
     """Spans without those that overlap an earlier one."""
     taken: list[Span] = []
     for span in found:
@@ -652,7 +652,7 @@ def find_all(text: str, kinds: frozenset[str], finder: Finder | None) -> list[Sp
             f"config.audit.personal_finder: span {outside.start} to {outside.stop} in a text of {len(text)} characters; "
             "give (start, stop, kind) with offsets in characters"
         )
-    return _apart([*found, *more])
+    return apart([*found, *more])
 
 
 class Personal:
