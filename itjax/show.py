@@ -30,12 +30,12 @@ from rich.console import Console
 from rich.padding import Padding
 from rich.text import Text
 
-from itjax import cli
+from itjax import cli, showing
 from itjax.base import freeze
 from itjax.base.files import write_whole
 from itjax.base.records import PackedBatch
 from itjax.base.schema import Run
-from itjax.data import prepare
+from itjax.data import manifest, prepare, table
 from itjax.data.loader import Loader, Placed
 from itjax.data.prepare import Data
 from itjax.evaluation import page
@@ -49,8 +49,10 @@ HELP = """Show what the model will be trained on, token by token.
 
   --rows=N     how many rows: the first N of the run (2), or of the step
   --step=K     the rows of optimizer step K, as metrics.jsonl counts them (from 1)
+  --templates  instead: a row of each source in the words of every phrasing it may be asked in
   --html=OUT   write one page there; the pointer shows id, position, weight and target of a token
   --json=OUT   write the rows there, as data
+  --mixture    instead of rows, the shares of all sources, planned and realised; with --json that account, as data
 """
 FIRST_ROWS = 2
 BYTE = re.compile(r"<0x([0-9A-F]{2})>")
@@ -376,12 +378,26 @@ def command(argv: Sequence[str]) -> int:
     values = flags.FlagValues()
     flags.DEFINE_integer("rows", None, "how many rows", flag_values=values)
     flags.DEFINE_integer("step", None, "the optimizer step whose rows are shown", flag_values=values)
+    flags.DEFINE_boolean("templates", False, "show phrasings instead of rows", flag_values=values)
     flags.DEFINE_string("html", None, "write a page there", flag_values=values)
     flags.DEFINE_string("json", None, "write the rows there", flag_values=values)
+    flags.DEFINE_bool("mixture", False, "show the shares of the sources", flag_values=values)
     run = freeze.load(argv, values)
+    if values.mixture and (unused := [name for name in ("rows", "step", "html") if values[name].value is not None]):
+        raise freeze.Fault(f"--{unused[0]}: is about rows; leave it out, or leave out --mixture")
     console = Console()
+    if values.templates:
+        showing.print_templates(run, console, visible=visible)
+        return 0
     data = prepared(run)
     loader = plan(run, data)
+    if values.mixture:
+        told = manifest.manifest(data, loader)
+        if values.json:
+            _save(values.json, json.dumps(told, indent=1) + "\n")
+        else:
+            table.show(told, console)
+        return 0
     numbers = chosen(loader, rows_per_step=run.rows, rows=values.rows, step=values.step)
     rows = list(read(loader, data, numbers, rows_per_step=run.rows))
     words = about(run, data, loader, values.step)

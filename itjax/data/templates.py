@@ -109,14 +109,21 @@ class Family:
             raise ValueError(f"family {self.name!r}: template {name!r} is unknown; {nearest(name, known)}")
         return self.templates[known.index(name)]
 
+    @cached_property
+    def needs(self) -> dict[str, frozenset[str]]:
+        """Template -> the fields that a row must have for it."""
+        found = {}
+        for template, said in self.said.items():
+            says = [self.names[name] for name in said - {EXEMPLARS} if name not in self.expressions]
+            marks = {self.fields[key].one_of for key, ending in says if ending == "_mark"}
+            found[template] = frozenset({key for key, _ in says} | marks)
+        return found
+
     def fits(self, template: Template, row: "Row") -> bool:
         """Whether the row has all that the template says."""
-        said = self.said[template.name] - {EXEMPLARS}
-        if not all(name in self.expressions or self.names[name][0] in row.values for name in said):
+        if not row.values.keys() >= self.needs[template.name]:
             return False
-        if any(name.endswith("_mark") and self.fields[self.names[name][0]].one_of not in row.values for name in said):
-            return False
-        if template.words and any(name in row.given for name, one in self.fields.items() if one.kind == "list"):
+        if template.words and any(self.fields[name].kind == "list" for name in row.given):
             return False
         return not template.when or bool(expression.evaluate(self.expressions[template.when], row.raw, _refuse_draw))
 
@@ -422,14 +429,25 @@ class Sample(NamedTuple):
 def samples(
     family: Family, raw: Mapping[str, Any], *, columns: Mapping[str, str], source: str, key: str, seed: int
 ) -> Iterator[Sample]:
-    """The row in the words of each template that there is, held-out ones included."""
+    """The row in the words of each template that there is, held-out ones included.
+
+    Where a phrasing wants worked examples, the row stands for them too.
+    """
     row = read(family, raw, columns=columns, place=key)
+    lots = Lots(seed, key, 0)
     for template in family.templates:
         if not family.fits(template, row):
-            yield Sample(template, None, "the row lacks a field that it says")
+            yield Sample(template, None, _unfit(family, template, row))
             continue
         try:
-            lots = Lots(seed, key, 0)
-            yield Sample(template, render(family, template, row, lots=lots, source=source, place=key).conversation, "")
+            made = render(family, template, row, lots=lots, source=source, place=key)
+            if made.exemplar:
+                made = render(family, template, row, lots=lots, source=source, place=key, exemplars=made.exemplar)
+            yield Sample(template, made.conversation, "")
         except ValueError as error:
             yield Sample(template, None, str(error))
+
+
+def _unfit(family: Family, template: Template, row: Row) -> str:
+    missing = sorted(family.needs[template.name] - row.values.keys())
+    return f"the row has no {', '.join(missing)}" if missing else "it is for other rows than this"
