@@ -20,7 +20,7 @@ from rich.table import Table
 
 from benchmarks import SEED
 
-SUITES = ("cpu", "data")
+SUITES = ("audit", "cpu", "data", "files")
 WIDTH = 110  # of the table
 PACKAGES = ("numpy", "jax", "jaxlib", "flax", "grain", "optax")
 

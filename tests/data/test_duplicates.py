@@ -298,6 +298,17 @@ def test_crowded_buckets_stay_linear(monkeypatch):
     assert compared["all"] <= duplicates.COMPARISONS * 2_000
 
 
+def test_a_text_between_two_clusters_makes_them_one():
+    """c is like a and like b; d is like b alone, and must meet it among the members of a's cluster."""
+    sets = {"a": range(0, 20), "b": range(8, 28), "c": range(4, 24), "d": [*range(8, 11), *range(13, 30)]}
+    members = [
+        (Address(number, name, "s", "train"), duplicates._pack(np.array(list(shingles_S)), np.empty(0, np.int64)))
+        for number, (name, shingles_S) in enumerate(sets.items())
+    ]
+    pairs = [(pair.first.key, pair.second.key) for pair in NearDuplicates("both", 0.6).pairs(members)]
+    assert pairs == [("a", "c"), ("b", "c"), ("b", "d")]
+
+
 def test_the_order_of_pairs_and_their_repeats_change_nothing():
     stage = NearDuplicates("both", 0.8)
     addresses = [Address(number, f"s:{number}", "s", "eval" if number == 3 else "train") for number in range(6)]

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from itjax.base.records import Conversation, Finding, Message
+from itjax.data import stages
 from itjax.data.duplicates import ExactDuplicates, NearDuplicates
 from itjax.data.leakage import Leakage
 from itjax.data.stages import Address, Buckets, Corpus, Example, Mark, run
@@ -69,7 +70,8 @@ def test_findings_come_in_the_order_of_examples_and_then_of_stages():
     ]
 
 
-def test_processes_find_the_same():
+def test_processes_find_the_same(monkeypatch):
+    monkeypatch.setattr(stages, "CHUNK", 50)  # more of them than are sent ahead
     examples = corpus()
     alone = run(all_stages(examples), examples)
     assert len({finding.reason for finding in alone}) >= 7
