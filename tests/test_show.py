@@ -229,3 +229,25 @@ def test_the_command_writes_both_files_and_starts_no_device(run, tmp_path):
     assert set(row) == {"examples", "fill"}
     names = {"source", "key", "template", "segments", "tokens", "targets", "weights", "positions"}
     assert all(set(example) == names for example in row["examples"])
+
+
+def shown_mixture(run, *arguments):
+    root = Path(__file__).resolve().parents[1]
+    config = [f"--config={root / 'configs' / 'sft_files.py'}", f"--config.files={run.files}", "--config.rows=2"]
+    config += ["--config.length=160", "--config.vocab_size=300", "--config.evaluation.examples=0", "--config.steps=3"]
+    return show.command(["show", *config, "--mixture", *arguments])
+
+
+def test_the_mixture_is_the_manifest_of_the_run(run, tmp_path, capsys):
+    assert shown_mixture(run, f"--json={tmp_path / 'mixture.json'}") == 0
+    told = json.loads((tmp_path / "mixture.json").read_text())
+    assert told["sources"]["mine"]["realised_share"] == {"examples": 1.0, "tokens": 1.0, "trained_tokens": 1.0}
+    assert told["plan"]["num_steps"] == 3
+    capsys.readouterr()
+    assert shown_mixture(run) == 0
+    assert "by size in examples. Weights are shares of the examples." in capsys.readouterr().out
+
+
+def test_the_mixture_has_no_rows(run):
+    with pytest.raises(ValueError, match="--step: is about rows"):
+        shown_mixture(run, "--step=2")

@@ -1,0 +1,53 @@
+"""What the table of a mixture shows: the rule and its unit, every share twice, every stage, every row that is missing."""
+
+import io
+
+from rich.console import Console
+
+from itjax.data import table
+
+SHARES = {
+    "examples": 40,
+    "tokens": 400,
+    "trained_tokens": 90,
+    "planned_share": {"examples": 0.5, "tokens": 0.875, "trained_tokens": 0.9},
+    "realised_share": {"examples": 0.501, "tokens": 0.87, "trained_tokens": 0.91},
+}
+TOLD = {
+    "plan": {
+        "unit": "trained_tokens", "rule": "equal", "examples": 1234, "tokens": 56789, "trained_share": 0.25,
+        "num_rows": 99, "num_steps": 50, "epochs": 1.5, "fill": 0.987,
+    },
+    "sources": {
+        "[mails]": SHARES | {"kept": 980, "rows_read": 1000, "epochs": 2.041, "max_epochs": 3.0, "editions": 2,
+                             "dropped": {"too long": 17, "empty": 3}, "truncated": 5},
+    },
+    "stages": [{"stage": "late", "first_step": 11, "last_step": 50, "sources": {"[mails]": SHARES}}],
+    "warnings": ["mails is seen often"],
+}  # fmt: skip
+
+
+def shown():
+    out = io.StringIO()
+    table.show(TOLD, Console(file=out, width=120))
+    return [" ".join(line.split()) for line in out.getvalue().splitlines()]
+
+
+def test_the_rule_and_the_unit_stand_first():
+    assert shown()[0] == "equal. Weights are shares of the trained tokens."
+    assert shown()[1] == "1,234 examples, 56,789 tokens (25.0% trained) in 99 rows, 50 steps, 1.50 epochs; fill 98.7%"
+
+
+def test_a_source_is_a_line_with_planned_and_realised_shares():
+    line = "[mails] 980/1,000 2.04 of 3 in 2 phrasings 50.0% → 50.1% 87.5% → 87.0% 90.0% → 91.0%"
+    assert line in shown()
+    assert "source kept/read epochs examples tokens trained tokens" in shown()
+
+
+def test_a_stage_has_its_own_shares():
+    at = shown().index("late, steps 11 to 50")
+    assert shown()[at + 2] == "[mails] 40 50.0% → 50.1% 87.5% → 87.0% 90.0% → 91.0%"
+
+
+def test_missing_rows_have_reasons_and_warnings_stand_last():
+    assert shown()[-2:] == ["[mails]: 17 dropped: too long, 3 dropped: empty, 5 truncated", "! mails is seen often"]
