@@ -29,7 +29,7 @@ from itjax.evaluation.page import escape
 
 MANIFEST, FINDINGS, PAGE = "manifest.json", "findings.jsonl", "report.html"
 SAMPLES, CLUSTERS, MEMBERS = 5, 20, 6  # shown of each reason; clusters; rows of a cluster
-AROUND, LONGEST = 120, 320  # characters of a sample before and after what was found, and in all
+AROUND, LONGEST = 160, 320  # characters of a sample before and after what was found; of what was found
 DUPLICATES = ("exact_duplicates", "near_duplicates")
 BLOCK = 1 << 20
 
@@ -194,7 +194,8 @@ def _line(one: Reviewed) -> list[str]:
     counts = [f"{one.rows:,}", f"{len(one.kept):,}", f"{one.rows - len(one.kept):,}"]
     counts += [f"{sum(found.values()):,}" for found in (one.masked, one.tagged)]
     most = Counter({**one.tagged, **one.masked, **one.dropped}).most_common(1)
-    return [markup.escape(one.name), *counts, markup.escape(f"{most[0][0]} ({most[0][1]:,})" if most else "")]
+    words = [f"{count:,} {reason.partition(':')[0]}" for reason, count in most]
+    return [markup.escape(one.name), *counts, *map(markup.escape, words or [""])]
 
 
 # --- samples ----------------------------------------------------------------------------------------------------------
@@ -288,22 +289,20 @@ def _header(account: Mapping[str, Any]) -> str:
 
 
 def _sources(review: Review) -> str:
+    train = [one for one in review.reviewed if one.split == "train"]
+    outcomes = [
+        name for name in ("dropped", "masked", "tagged", "unreadable") if any(getattr(one, name) for one in train)
+    ]
     rows = [
-        [
-            escape(one.name),
-            f"{one.rows:,}",
-            f"{len(one.kept):,}",
-            *("<br>".join(f"{count:,} {escape(reason)}" for reason, count in found.items()) or "–" for found in (
-                one.dropped, one.masked, one.tagged, one.unreadable
-            )),
-        ]
-        for one in review.reviewed
-        if one.split == "train"
-    ]  # fmt: skip
+        [escape(one.name), f"{one.rows:,}", f"{len(one.kept):,}", *(_listed(getattr(one, name)) for name in outcomes)]
+        for one in train
+    ]
     words = "Every row that is not kept is counted once, under the first reason to drop it."
-    return _section(
-        "Sources", page.table(["source", "rows", "kept", "dropped", "masked", "tagged", "unreadable"], rows), words
-    )
+    return _section("Sources", page.table(["source", "rows", "kept", *outcomes], rows), words)
+
+
+def _listed(counts: Mapping[str, int]) -> str:
+    return "<br>".join(f"{count:,} {escape(reason)}" for reason, count in counts.items()) or "–"
 
 
 def _reasons(review: Review) -> str:
@@ -341,9 +340,12 @@ def _cluster_samples(review: Review, examples: Examples) -> str:
     found = clusters(review.findings)
     if not found:
         return ""
+    telling = [
+        one for one in found if one.stage != DUPLICATES[1] or min(repeat.score or 0 for repeat in one.repeats) < 1
+    ]
     shown, numbers = Shown(review.options), dict(zip(map(id, review.findings), review.numbers, strict=True))
     cards = []
-    for cluster in found[:CLUSTERS]:
+    for cluster in telling[:CLUSTERS]:
         first = cluster.repeats[0]
         conversation = examples[numbers[id(first)]].conversation
         listed = "".join(f"<br><code>{escape(one.key)}</code> {_score(one)}" for one in cluster.repeats[:MEMBERS])
