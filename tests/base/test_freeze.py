@@ -4,7 +4,7 @@ import pytest
 from absl import flags
 
 from itjax.base import freeze
-from itjax.base.schema import Run, Source
+from itjax.base.schema import Mixture, Run, Source, Stage
 
 FILE = """
 from itjax.base.freeze import thaw
@@ -109,3 +109,64 @@ def test_differences_name_what_shapes_the_result_and_nothing_else(config):
     other = load(f"--config={config}", "--config.optimizer.b1=0.5", "--config.sources.a.examples=6")
     assert freeze.differences(run, same) == []
     assert freeze.differences(run, other) == ["sources.a.examples: 5 -> 6", "optimizer.b1: 0.9 -> 0.5"]
+
+
+def mixed(mixture=None, *, files="", a=None, b=None):
+    """A run of two sources; `a` and `b` are their settings beside the task."""
+    sources = {name: Source(task="triage", examples=5, **(more or {})) for name, more in (("a", a), ("b", b))}
+    return Run(steps=3, files=files, sources=sources, mixture=mixture or Mixture())
+
+
+def late(**weights):
+    return Mixture(stages={"late": Stage(2, weights)})
+
+
+def nested(mixture, **inner):
+    group = Source(sources={"c": Source(task="triage", examples=5), "d": Source(task="triage", examples=5, **inner)},
+                   mixture=mixture)  # fmt: skip
+    return Run(steps=3, sources={"a": Source(task="triage", examples=5), "g": group})
+
+
+@pytest.mark.parametrize(
+    "run, message",
+    [
+        (mixed(Mixture(rates="unimax")), "config.mixture.budget: not set; rates='unimax' divides it: how many examples"),
+        (mixed(Mixture(budget=9)), "config.mixture.budget: 9 has no effect with rates='proportional'"),
+        (mixed(Mixture(rates="equal", cap=9)), "config.mixture.cap: has no effect with rates='equal'"),
+        (mixed(Mixture(rates="equal", temperature=2)), "config.mixture.temperature: has no effect"),
+        (mixed(Mixture(rates="equal"), b={"scale": 2.0}), "config.sources.b.scale: has no effect with rates='equal'"),
+        (mixed(a={"scale": 2.0, "weight": 1.0}), "config.sources.a.scale: has no effect beside weight=1"),
+        (mixed(a={"weight": 1.5}), "config.sources: the weights given add up to 1.5, which leaves nothing for b"),
+        (mixed(files="x", a={"weight": 0.5}, b={"weight": 0.5}), "add up to 1, which leaves nothing for config.files"),
+        (mixed(late(b=1.0)), "config.mixture.stages.late.weights: the weights given add up to 1, .* nothing for a"),
+        (mixed(late(a=0.0, b=0.0)), "config.mixture.stages.late.weights: all weights are 0"),
+        (mixed(late(a=-1.0)), "config.mixture.stages.late.weights.a: -1 is not a weight"),
+        (mixed(late(aa=0.5)), "config.mixture.stages.late.weights.aa: no such source. Did you mean 'a'.* Known: a, b"),
+        (mixed(Mixture(stages={"x": Stage(2), "y": Stage(2)})), "config.mixture.stages.y.start: 2, as 'x' has"),
+        (mixed(a={"max_epochs": 2.0}), "config.sources.a.max_epochs: 2 has no effect while sources repeat; set --config"),
+        (mixed(Mixture(exhausted="drop")), "config.mixture.exhausted: 'drop', but no source has max_epochs"),
+        (nested(Mixture(rates="unimax")), "config.sources.g.mixture.budget: not set"),
+        (nested(Mixture(stages={"x": Stage(1, {"a": 0.5})})), "config.sources.g.mixture.stages.x.weights.a: no such source"),
+        (nested(Mixture(exhausted="drop")), "config.sources.g.mixture.exhausted: a run has one policy"),
+        (nested(Mixture(), weight=1.0), "config.sources.g.sources: the weights given add up to 1, .* nothing for c"),
+        (nested(Mixture(), max_epochs=1.0), "config.sources.g.sources.d.max_epochs: 1 has no effect"),
+    ],
+)  # fmt: skip
+def test_a_mixture_that_contradicts_itself_is_refused(run, message):
+    with pytest.raises(freeze.Fault, match=message):
+        freeze.contradictions(run)
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        mixed(Mixture(unit="tokens", cap=9, temperature=2, exhausted="drop"), a={"max_epochs": 2.0, "scale": 3.0}),
+        mixed(Mixture(rates="unimax", budget=9, stages={"x": Stage(2, {"a": 0.0}), "y": Stage(5, {"a": 0.9})})),
+        mixed(late(files=0.5), files="x"),
+        nested(Mixture(unit="tokens", rates="equal", stages={"x": Stage(1, {"c": 0.5})})),
+    ],
+)
+def test_a_mixture_that_can_be_followed_is_taken_and_survives_json(run):
+    freeze.contradictions(run)
+    assert freeze.from_json(freeze.to_json(run), path="config.json") == run
+    assert freeze.freeze(freeze.thaw(run).to_dict()) == run
