@@ -34,6 +34,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from itjax.base.records import TokenizedExample
+from itjax.data import sources
 from itjax.data.encode import Dropped, Encoding, encode_many
 from itjax.data.sources import RowSource
 
@@ -169,7 +170,7 @@ class Chunk(NamedTuple):
 
 def encode_rows(source: RowSource, encoding: Encoding, start: int, stop: int) -> Chunk:
     """Rows `start` to `stop` of a source, encoded."""
-    conversations = [source.conversation(row) for row in range(start, stop)]
+    conversations = sources.conversations(source, range(start, stop))
     counts: Counter[str] = Counter()
     kept: list[tuple[int, TokenizedExample]] = []
     for row, (example, was_cut) in enumerate(encode_many(conversations, encoding), start=start):

@@ -11,31 +11,24 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
 
 from itjax.base.records import Conversation, Message
 from itjax.base.schema import Source
 from itjax.data import library, templates
+from itjax.data.sources import BadRow, Rows
+from itjax.data.strict_json import RowError
 from itjax.data.templates import EXEMPLARS, Family, FewShot, Lots, Rendered, Row, Template
 
 VERSION = 1  # of how conversations are made and drawn; a new number makes all caches anew
 ATTEMPTS = 4  # rows of the pool that are looked at for each worked example wanted
 SPLITS = ("train", "eval")
 _T = TypeVar("_T")
-
-
-class Rows(Protocol):
-    """Rows as the file has them, in a fixed order."""
-
-    name: str
-
-    def __len__(self) -> int: ...
-    def row(self, index: int) -> Mapping[str, Any]: ...
-    def key(self, index: int) -> str: ...
-    def fingerprint(self) -> str:
-        """Changes when any row does."""
 
 
 class Phrased:
@@ -90,9 +83,34 @@ class Phrased:
     def conversation(self, index: int) -> Conversation:
         if not 0 <= index < len(self):
             raise IndexError(f"{self.name}: row {index} of {len(self)}")
+        return self._conversation(index, self.rows.row(index % len(self.rows)))
+
+    def conversations(self, indices: Sequence[int] | np.ndarray) -> list[Conversation]:
+        """Many at a time: in one read of the rows where they have a way to."""
+        read = getattr(self.rows, "rows", None)
+        if read is None:
+            return [self.conversation(int(index)) for index in indices]
+        raw = read([int(index) % len(self.rows) for index in indices])
+        return [self._conversation(int(index), row) for index, row in zip(indices, raw, strict=True)]
+
+    def over(self, rows: Rows, *, editions: int) -> "Phrased":
+        """The same phrasings of other rows: those that are left when bad ones are taken out, or of an evaluation."""
+        other = copy(self)
+        other.rows, other.name, other.editions = rows, rows.name, editions
+        return other
+
+    def _conversation(self, index: int, raw: Mapping[str, Any]) -> Conversation:
+        """Raises BadRow for a row that cannot be put into words, whatever the phrasing."""
         edition, number = divmod(index, len(self.rows))
         key = self.rows.key(number)
-        row = templates.read(self.family, self.rows.row(number), columns=self._columns, place=key)
+        try:
+            return self._said(raw, key, edition)
+        except ValueError as error:
+            reason = getattr(error, "reason", "it cannot be put into words")
+            raise BadRow(key, reason, str(error).removeprefix(f"{key}: ")) from None
+
+    def _said(self, raw: Mapping[str, Any], key: str, edition: int) -> Conversation:
+        row = templates.read(self.family, raw, columns=self._columns, place=key)
         lots = Lots(self._seed, key, edition)
         for template in self._candidates(row, key, edition):
             asked = templates.render(self.family, template, row, lots=lots, source=self.name, place=key)
@@ -105,7 +123,9 @@ class Phrased:
                     self.family, template, row, lots=lots, source=self.name, place=key, exemplars=written
                 )
                 return _tagged(made.conversation, found)
-        raise ValueError(f"{key}: no phrasing of family {self.family.name!r} fits the row: it lacks what they say")
+        raise RowError(
+            f"no phrasing of family {self.family.name!r} fits it: it lacks what they say", "no phrasing fits"
+        )
 
     def fingerprint(self) -> str:
         """Changes with whatever changes the conversations."""

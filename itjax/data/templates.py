@@ -22,6 +22,7 @@ from itjax.base.records import Conversation, Message
 from itjax.data import expression, fields
 from itjax.data.expression import Expression
 from itjax.data.fields import MARKERS, Field, Listed
+from itjax.data.strict_json import RowError
 
 TAGS = ("held_out", "inverted", "chain_of_thought", "few_shot")
 EXEMPLARS = "exemplars"  # the field where a phrasing wants its worked examples
@@ -236,12 +237,14 @@ def read(family: Family, raw: Mapping[str, Any], *, columns: Mapping[str, str], 
         value = column(raw, columns.get(name, name))
         if value is None and one.default is None:
             if not one.optional:
-                raise ValueError(f"{place}: {_missing(family, name, columns.get(name, name), raw)}")
+                why = _missing(family, name, columns.get(name, name), raw)
+                raise RowError(f"{place}: {why}", f"there is no {name}")
             continue
         try:
             values[name] = fields.read(one.default if value is None else value, one)
         except ValueError as error:
-            raise ValueError(f"{place}: column {columns.get(name, name)!r}: {error}") from None
+            why = f"column {columns.get(name, name)!r}: {error}"
+            raise RowError(f"{place}: {why}", f"{name} is not of its kind") from None
         if value is not None:
             given.add(name)
     _check_choices(family, values, given, columns, place)
@@ -259,7 +262,8 @@ def _check_choices(
             try:
                 fields.position(values[name], values[one.one_of], one.first)
             except ValueError as error:
-                raise ValueError(f"{place}: column {columns.get(name, name)!r}: {error}") from None
+                why = f"column {columns.get(name, name)!r}: {error}"
+                raise RowError(f"{place}: {why}", f"{name} is none of {one.one_of}") from None
 
 
 def column(raw: Mapping[str, Any], path: str) -> Any:
@@ -309,7 +313,7 @@ def render(
     silent = {one.kind: row.values[name] for name, one in family.fields.items() if _travels(name, one, said, row)}
     calls = silent.get("calls", ())
     if not answer.strip() and not calls:
-        raise ValueError(f"{place}: the answer is empty; each row needs an answer to learn")
+        raise RowError(f"{place}: the answer is empty; each row needs an answer to learn", "the answer is empty")
     turns = [Message("system", system)] if system else []
     turns += silent.get("turns", ())
     turns += [Message("user", prompt)] if prompt else []
@@ -343,7 +347,7 @@ def _texts(family: Family, template: Template, row: Row, lots: Lots, place: str)
             else:
                 texts[name] = _say(family, template, row, name, marker, lots)
         except ValueError as error:
-            raise ValueError(f"{place}: field {name!r}: {error}") from None
+            raise RowError(f"{place}: field {name!r}: {error}", f"{name} cannot be said") from None
     return texts
 
 

@@ -11,8 +11,9 @@ from dataclasses import dataclass, replace
 import pytest
 
 from itjax.base.schema import Source
-from itjax.data import library, phrase
+from itjax.data import library, phrase, sources
 from itjax.data.phrase import Phrased
+from itjax.data.sources import BadRow
 from itjax.data.templates import FewShot
 
 
@@ -386,6 +387,31 @@ def test_an_answer_that_is_none_of_the_options_is_told_whatever_the_phrasing(ans
     for name in ("inline", "letter", "make_question"):
         with pytest.raises(ValueError, match=r"table.jsonl:1: column 'answer': .* is none of"):
             phrased(Table((row,)), library.family("multiple_choice"), phrasings=name).conversation(0)
+
+
+def test_a_bad_row_has_a_reason_that_can_be_counted_and_quotes_no_data():
+    rows = Table(({"question": "secret"}, {"question": {"secret": 1}, "answer": "x"}, {"question": "?", "answer": " "}))
+    reasons = []
+    for index in range(3):
+        with pytest.raises(BadRow) as bad:
+            phrased(rows).conversation(index)
+        assert bad.value.key == f"table.jsonl:{index + 1}"
+        assert str(bad.value).count("table.jsonl") == 1
+        reasons.append(bad.value.reason)
+    assert reasons == ["there is no answer", "question is not of its kind", "the answer is empty"]
+
+
+def test_bad_rows_are_left_out_and_counted(tmp_path):
+    lines = [{"q": f"What is {n}?", "a": str(n)} for n in range(20)] + [{"q": "?", "a": " "}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (rows,) = sources.open_files(str(tmp_path / "rows.jsonl"), columns={"question": "q", "answer": "a"})
+    good, bad = sources.usable(phrased(rows), most=0.1)
+    assert (len(good), [row.reason for row in bad]) == (20, ["the answer is empty"])
+    kept = phrased(rows).over(sources.Subset(rows, range(20)), editions=3)
+    assert kept.conversation(59).messages[-1].content in ("19", "A: 19", "19!")
+    assert kept.conversations(range(60)) == all_of(kept)
+    with pytest.raises(ValueError, match=r"the answer is empty.*more than max_bad_rows"):
+        sources.usable(phrased(rows), most=0.01)
 
 
 @pytest.mark.parametrize(
