@@ -146,7 +146,8 @@ def _column(row: Row, column: str, field: str, *, positions: bool) -> Any:
 def _nearest(column: str, row: Row) -> str:
     names = [str(name) for name in row]
     near = difflib.get_close_matches(column, names, n=1)
-    return f"; did you mean {near[0]!r}?" * bool(near) + f" Columns there: {', '.join(names)}"
+    hint = f"; did you mean {near[0]!r}?" if near else ";"
+    return f"{hint} Columns there: {', '.join(names)}"
 
 
 # ---------------------------------------------------------------------------------------------- turns
