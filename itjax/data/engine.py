@@ -11,6 +11,7 @@ import dataclasses
 import importlib
 import itertools
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, Protocol
@@ -19,6 +20,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from itjax.base.records import Finding
+from itjax.data.sources import BadRow
 from itjax.data.stages import (
     Address,
     Example,
@@ -36,6 +38,7 @@ from itjax.data.stages import (
 ROWS = 1024  # examples that are looked at in one go
 SHARDS_PER_CORE = 4  # parts the buckets are shuffled into; one has to fit into the memory of its worker
 NOBODY = -1  # the shard of a finding, which shares its bucket with nobody
+UNREADABLE = -1  # in place of a stage: the row has no conversation to look at
 
 TOLD = pa.schema(  # what is known of an example: a finding, or its mark in one bucket
     [
@@ -44,7 +47,7 @@ TOLD = pa.schema(  # what is known of an example: a finding, or its mark in one 
         ("number", pa.int64()),
         ("order", pa.int64()),
         ("bucket", pa.binary()),
-        ("about", pa.string()),  # the finding, or the address
+        ("about", pa.string()),  # the finding, or the address, or why the row cannot be read
         ("content", pa.binary()),
     ]
 )
@@ -58,20 +61,28 @@ class Examples(Protocol):
     def __getitem__(self, number: int) -> Example: ...
 
 
-def run(stages: Sequence[Stage], examples: Examples, *, shards: int = 0) -> list[Finding]:
-    """All findings, in the order of the examples and then of the stages. `shards` 0: a few for every core."""
+def run(
+    stages: Sequence[Stage], examples: Examples, *, shards: int = 0, unreadable: Counter[str] | None = None
+) -> list[Finding]:
+    """All findings, in the order of the examples and then of the stages. `shards` 0: a few for every core.
+
+    Rows that cannot be read are counted in `unreadable` by their reasons; without it such a row is an error.
+    """
     ray = _ray()
     started = not ray.is_initialized()
     if started:
         ray.init(configure_logging=False, log_to_driver=False)
     try:
-        return _run(ray, stages, examples, shards or SHARDS_PER_CORE * max(1, int(ray.cluster_resources()["CPU"])))
+        shards = shards or SHARDS_PER_CORE * max(1, int(ray.cluster_resources()["CPU"]))
+        return _run(ray, stages, examples, shards, unreadable)
     finally:
         if started:
             ray.shutdown()
 
 
-def _run(ray: Any, stages: Sequence[Stage], examples: Examples, shards: int) -> list[Finding]:
+def _run(
+    ray: Any, stages: Sequence[Stage], examples: Examples, shards: int, unreadable: Counter[str] | None
+) -> list[Finding]:
     if not len(examples):
         return []
     held = ray.put((tuple(stages), examples))
@@ -80,7 +91,14 @@ def _run(ray: Any, stages: Sequence[Stage], examples: Examples, shards: int) -> 
     told = numbers.map_batches(
         partial(_look, get, held, shards), batch_size=ROWS, batch_format="pyarrow", zero_copy_batch=True
     ).materialize()  # rows are read once
-    noted = [_noted(row) for row in told.map_batches(_findings, batch_format="pyarrow").iter_rows()]
+    noted = []
+    for row in told.map_batches(_alone, batch_format="pyarrow").iter_rows():
+        if row["stage"] != UNREADABLE:
+            noted.append(_noted(row))
+        elif unreadable is None:
+            raise ValueError(f"audit: {row['content'].decode()}; mend the row, or count such rows in `unreadable`")
+        else:
+            unreadable[row["about"]] += 1
     places = [place for place, stage in enumerate(stages) if looks_at_groups(stage)]
     if places:
         marks = told.map_batches(_marks, batch_format="pyarrow")
@@ -104,7 +122,11 @@ def _look(get: Callable[[Any], Any], held: Any, shards: int, batch: pa.Table) ->
     stages, examples = get(held)
     rows: list[tuple[Any, ...]] = []
     for number in batch["id"].to_pylist():
-        example = examples[number]
+        try:
+            example = examples[number]
+        except BadRow as error:
+            rows.append((NOBODY, UNREADABLE, number, 0, b"", error.reason, str(error).encode()))
+            continue
         noted, marked = look(stages, example)
         for note in noted:
             about = json.dumps(dataclasses.asdict(note.finding))
@@ -131,8 +153,8 @@ def _pairs(get: Callable[[Any], Any], held: Any, batch: pa.Table) -> pa.Table:
     return _table(rows, PAIRS)
 
 
-def _findings(batch: pa.Table) -> pa.Table:
-    return batch.filter(pc.equal(batch["shard"], NOBODY)).select(["number", "stage", "order", "about"])
+def _alone(batch: pa.Table) -> pa.Table:
+    return batch.filter(pc.equal(batch["shard"], NOBODY))
 
 
 def _marks(batch: pa.Table) -> pa.Table:

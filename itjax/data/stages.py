@@ -8,7 +8,6 @@ A stage never sees a whole corpus. So the same stages run in one process or on a
 `run` is the single process; it streams, and what group stages must remember waits on disk. `engine.run` is the cluster.
 """
 
-import bisect
 import itertools
 import json
 import tempfile
@@ -36,36 +35,6 @@ class Example:
     number: int
     split: str  # "train", or "eval" where it may not be trained on
     conversation: Conversation
-
-
-class Rows(Protocol):
-    """What an audit needs of a source: conversations by number."""
-
-    def __len__(self) -> int: ...
-    def conversation(self, index: int) -> Conversation: ...
-
-
-class Corpus:
-    """The examples of several sources by number. It travels without its rows: who looks at an example reads it."""
-
-    def __init__(self, sources: Sequence[Rows], splits: Sequence[str]) -> None:
-        self._sources, self._splits = tuple(sources), tuple(splits)
-        self._ends = list(itertools.accumulate(len(source) for source in self._sources))
-        if len(self._sources) != len(self._splits):
-            raise ValueError(f"audit: {len(sources)} sources and {len(splits)} splits; give every source its split")
-
-    def __len__(self) -> int:
-        return self._ends[-1] if self._ends else 0
-
-    def __getitem__(self, number: int) -> Example:
-        if not 0 <= number < len(self):
-            raise IndexError(f"audit: example {number} of {len(self)}")
-        place = bisect.bisect_right(self._ends, number)
-        source = self._sources[place]
-        return Example(number, self._splits[place], source.conversation(number - self._ends[place] + len(source)))
-
-    def __iter__(self) -> Iterator[Example]:
-        return map(self.__getitem__, range(len(self)))
 
 
 class Address(NamedTuple):

@@ -1,11 +1,24 @@
 """The same stages on Ray's own local runner: the same list of findings as in one process."""
 
 import importlib.util
+from collections import Counter
 
 import pytest
 
 from itjax.data import engine, stages
+from itjax.data.sources import BadRow
 from tests.data.test_stages import all_stages, corpus
+
+
+def needs_ray(test):
+    """Ray starts processes of its own for each run: ten seconds and more."""
+    for mark in (
+        pytest.mark.slow,
+        pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="needs ray: pip install 'itjax[audit-ray]'"),
+        pytest.mark.filterwarnings("ignore::DeprecationWarning:ray.data.context"),  # of its own settings
+    ):
+        test = mark(test)
+    return test
 
 
 def test_without_the_extra_the_error_says_what_to_install(monkeypatch):
@@ -17,11 +30,32 @@ def test_without_the_extra_the_error_says_what_to_install(monkeypatch):
         engine.run([], [])
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="needs ray: pip install 'itjax[audit-ray]'")
-@pytest.mark.filterwarnings("ignore::DeprecationWarning:ray.data.context")  # Ray of its own settings
+@needs_ray
 def test_a_cluster_finds_the_same():
     examples = corpus()
-    examples_and_stages = [(examples, all_stages(examples)), (examples[:40], all_stages(examples)[:3]), ([], [])]
-    for some, asked in examples_and_stages:
+    for some, asked in ((examples, all_stages(examples)), (examples[:40], all_stages(examples)[:3]), ([], [])):
         assert engine.run(asked, some, shards=3) == stages.run(asked, some)
+
+
+@needs_ray
+def test_rows_that_cannot_be_read_are_counted_or_an_error():
+    some, unreadable = OneIsBroken(corpus(60)), Counter[str]()
+    readable = [example for example in some.examples if example.number != 7]
+    asked = all_stages(corpus(100))
+    assert engine.run(asked, some, shards=2, unreadable=unreadable) == stages.run(asked, readable)
+    assert unreadable == {"no answer": 1}
+    with pytest.raises(ValueError, match=r"rows.jsonl:8: the answer is missing; .* `unreadable`"):
+        engine.run(asked, some, shards=2)
+
+
+class OneIsBroken:
+    def __init__(self, examples):
+        self.examples = examples
+
+    def __len__(self):
+        return len(self.examples)
+
+    def __getitem__(self, number):
+        if number == 7:
+            raise BadRow("rows.jsonl:8", "no answer", "the answer is missing")
+        return self.examples[number]

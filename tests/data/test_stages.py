@@ -1,6 +1,5 @@
 """Running stages: findings in the order of the examples, nothing kept but what grouping needs, the same by processes."""
 
-import pickle
 import random
 import weakref
 from collections import defaultdict
@@ -14,7 +13,7 @@ from itjax.base.records import Conversation, Finding, Message
 from itjax.data import stages
 from itjax.data.duplicates import ExactDuplicates, NearDuplicates
 from itjax.data.leakage import Leakage
-from itjax.data.stages import Address, Buckets, Corpus, Example, Mark, run
+from itjax.data.stages import Address, Buckets, Example, Mark, run
 
 
 class Shouts:
@@ -142,25 +141,3 @@ def test_an_example_takes_few_bytes():
                 Address(number, f"data/rows.jsonl:{number}", "rows", "train"), stage.marks(example(number, said))
             )
         assert 700 < buckets.num_bytes / 50 < 14 * 24 + 4 * 97 + 8 + 60
-
-
-def test_a_corpus_numbers_the_rows_of_its_sources():
-    parts = {"train": [example(0, "a"), example(1, "b")], "eval": [example(0, "c")]}
-    sources = [Rows([one.conversation for one in rows]) for rows in parts.values()]
-    whole = Corpus(sources, list(parts))
-    told = [(one.number, one.split, one.conversation.messages[0].content) for one in whole]
-    assert told == [(0, "train", "a"), (1, "train", "b"), (2, "eval", "c")]
-    assert [whole[number] for number in range(len(whole))] == list(pickle.loads(pickle.dumps(whole)))
-    with pytest.raises(IndexError):
-        whole[3]
-
-
-class Rows:
-    def __init__(self, rows):
-        self.rows = rows
-
-    def __len__(self):
-        return len(self.rows)
-
-    def conversation(self, index):
-        return self.rows[index]
