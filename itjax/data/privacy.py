@@ -25,7 +25,7 @@ from itjax.data.named import named_function
 from itjax.data.stages import Example
 
 VERSION = 1  # of what is found and how it is masked; a new number makes all filtered data anew
-BEFORE, AFTER = 48, 16  # characters around a number in which a word may say what it is
+BEFORE, AFTER = 48, 32  # characters around a number in which a word may say what it is
 Finder = Callable[[str], Iterable[tuple[int, int, str]]]  # of one's own: text -> (start, stop, kind)
 
 
@@ -75,7 +75,7 @@ URL_LOGIN = re.compile(
 URL = re.compile(r"(?<![A-Za-z])(?:https?|ftp)://[^\s<>\"'`{}|\\^]{1,2048}|(?<![\w@.])www\.[^\s<>\"'`{}|\\^]{1,2048}")
 IPV4 = re.compile(r"[0-9](?<![\w.].)(?<!\d[,-].)\d{0,2}(?:\.\d{1,3}){3}(?!\w)(?!\.\d)(?!-\d)")
 IPV6 = re.compile(
-    r"(?<![\w:.])(?:[0-9A-Fa-f]{1,4}:|:(?=:)){1,8}:?(?:[0-9A-Fa-f]{1,4}|(?<=:)\d{1,3}(?:\.\d{1,3}){3})?(?![\w:])"
+    r"(?<![\w:.])(?:[0-9A-Fa-f]{1,4}:|:(?=:)){1,7}:?(?:[0-9A-Fa-f]{1,4}|(?<=:)\d{1,3}(?:\.\d{1,3}){3})?(?!\w)(?!:[\w:])"
 )
 MAC = re.compile(r"(?<![\w:-])[0-9A-Fa-f]{2}([:-])(?:[0-9A-Fa-f]{2}\1){4}[0-9A-Fa-f]{2}(?![\w:-])")
 VERSION_WORDS = _labels(r"v|ver|versions?|release[sd]?|build|firmware|section|§")
@@ -112,8 +112,10 @@ def _is_ipv6(match: re.Match[str]) -> bool:
 
 
 def _is_mac(match: re.Match[str]) -> bool:
-    digits = _bare(match.group().replace(":", ""))
-    return len(set(digits)) > 1 and not digits.isdigit()
+    """Six pairs that are not all the same, nor could be times or dates."""
+    pairs = re.split("[:-]", match.group())
+    is_time = all(pair.isdigit() and int(pair) < 60 for pair in pairs)
+    return len(set(pairs)) > 1 and not is_time and (match[1] == ":" or not "".join(pairs).isdigit())
 
 
 # --- money ------------------------------------------------------------------------------------------------------------
@@ -126,6 +128,7 @@ CARD_WORDS = _labels(
     r"cards?|cc|credit|debit|visa|master ?card|maestro|amex|american express|discover|diners|jcb|atm|karte|kreditkarte|"
     r"carte|tarjeta|cartão|carta"
 )
+CARD_LABEL_AFTER = re.compile(r"[,;]? {1,2}(?:exp(?:iry|ires|iration)?|valid|cvv|cvc)(?![^\W_])", re.IGNORECASE)
 BITCOIN = re.compile(r"(?<![A-Za-z0-9])[13][1-9A-HJ-NP-Za-km-z]{25,34}(?![A-Za-z0-9])")
 BECH32 = re.compile(r"(?<![A-Za-z0-9])(?:bc1[02-9ac-hj-np-z]{38,71}|BC1[02-9AC-HJ-NP-Z]{38,71})(?![A-Za-z0-9])")
 ETHEREUM = re.compile(r"(?<![A-Za-z0-9])0x[0-9A-Fa-f]{40}(?![A-Za-z0-9])")
@@ -145,7 +148,7 @@ def _ibans(text: str) -> Iterator[Span]:
 def _is_card(match: re.Match[str]) -> bool:
     """A network's number, or any that adds up where a word says that it is a card; 12 and 13 digits need the word."""
     digits = _bare(match.group())
-    if _near(match, CARD_WORDS):
+    if _near(match, CARD_WORDS) or CARD_LABEL_AFTER.match(match.string, match.end()):
         return checksums.luhn(digits)
     return len(digits) > 13 and checksums.card(digits)
 
@@ -258,17 +261,17 @@ PHONE = re.compile(
     + r"(?:"
     + "|".join(
         (
-            # +41 (0)96 471 07 95, +447700677662
-            r"(?P<world>\+\d{1,3}(?:[ .-]?\(\d{1,4}\))?(?:[ .-]?\d{1,5}){1,6})",
+            # +41 (0)96 471 07 95, (+30) 6963 796110, +447700677662
+            r"(?P<world>(?:\+\d{1,3}[ .-]?\(\d{1,4}\)[ .-]?|\(\+\d{1,3}\)[ .-]?|\+)\d{1,14}(?:[ .-]\d{1,12}){0,6})",
             # 001-420-335-7509, 1 (602) 272-9781, 986.291.2294
             r"(?P<america>(?:(?:001|1)[ .-]?)?"
             r"(?:\(\d{3}\)[ -]?\d{3}[ .-]|\d{3}(?P<sign>[.-])\d{3}(?P=sign)|[2-9]\d\d [2-9]\d\d )\d{4})",
-            # (07) 5331 0577, (37) 788-063
-            r"(?P<bracket>\(0?\d{1,4}\) ?\d{2,5}(?:[ -]\d{2,5}){1,3})",
+            # (07) 5331 0577, (37) 788-063, (0437)-502004
+            r"(?P<bracket>\(0\d{1,4}\)[ -]?\d{4,8}|\(0?\d{1,4}\)[ -]?\d{2,5}(?:[ -]\d{2,5}){1,3})",
             # 0496 46 46 70, 01.84.17.61.18, 0393 1144137
             r"(?P<trunk>0\d{1,5}(?:[ ./-]\d{2,8}){1,5})",
-            # 432 03 163, 60-56-85-91, 9498777106: what the words around it say
-            r"(?P<vague>\d{2,4}(?:[ .-]\d{2,8}){1,4}|\d{7,12})",
+            # 432 03 163, 60-56-85-91, 8 (250) 822-08-66, 9498777106: what the words around it say
+            r"(?P<vague>(?:\d{2,4}|\d(?= ))(?:[ ./-]\(?\d{2,8}\)?){1,5}|\d{7,12})",
         )
     )
     + r")"
@@ -277,12 +280,16 @@ PHONE = re.compile(
 )
 PHONE_WORDS = _labels(
     r"(?:tele|smart|cell)?phones?(?: number| no)?|phoned|tel|mobiles?|cell|fax|call(?:ed|ing|s)?(?! ?center)|dial(?:ed|ling|ing)?|"
-    r"ring|sms|whats ?app|hotline|helpline|voicemail|pager|landline|text (?:me|us|him|her|them)|messages? (?:to|on|at)|"
-    r"message on|answering at|pick(?:ing|ed)? up at|reach (?:me|us|him|her|them)|desk|"
+    r"ring|sms|whats ?app|contact|hotline|helpline|voicemail|pager|landline|text (?:me|us|him|her|them)|messages? (?:to|on|at)|"
+    r"message on|answering at|pick(?:ing|ed)? up at|reach(?:ed)? (?:me|us|him|her|them|you)|desk|"
     r"telefon\w{0,8}|handy|mobil\w{0,6}|rufnummer|tél|téléphone|portable|appel\w{0,4}|teléfono|móvil|celular|llam\w{1,4}|"
     r"telefone|telefoon|puhelin|電話|电话|手机|тел|телефон"
 )
-PHONE_LABEL_AFTER = re.compile(r"[\s(-]{0,3}(?:office|fax|mobile|cell|home|work|phone)(?![^\W_])", re.IGNORECASE)
+PHONE_LABEL_AFTER = re.compile(
+    r"[\s(-]{0,3}(?:is (?:my|his|her|our|their|the) (?:new |old |work |home |private )?)?"
+    r"(?:office|fax|mobile|cell|home|work|(?:tele)?phone)(?![^\W_])",
+    re.IGNORECASE,
+)
 DATE = re.compile(
     r"(?:19|20)\d\d[-./ ](?:0?\d|1[0-2])[-./ ][0-3]?\d(?: \d\d)?|[0-3]?\d[-./ ][0-3]?\d[-./ ](?:19|20)\d\d(?: \d\d)?|"
     r"(?:1[4-9]|20)\d\d[ -](?:1[4-9]|20)\d\d"
@@ -297,13 +304,16 @@ def _is_phone(match: re.Match[str]) -> bool:
     digits = _bare(re.split("[xe]", number, maxsplit=1)[0])
     if DATE.fullmatch(number) or set(digits) <= {"0", "1"} or not 7 <= len(digits) <= 15:
         return False
-    if shape == "vague" or (shape == "world" and len(digits) < 8) or (shape == "trunk" and len(digits) < 9):
+    if shape == "vague" or (shape == "trunk" and len(digits) < 9):
         is_sum = THOUSANDS.fullmatch(number) is not None
-        return len(digits) <= 12 and _is_said_to_be_phone(match, 16 if is_sum else BEFORE)
+        is_group = number.count("(") == number.count(")")
+        return len(digits) <= 12 and is_group and _is_said_to_be_phone(match, 16 if is_sum else BEFORE)
     if shape == "bracket":  # "(2004) 112-119" is a year with pages
         is_year = re.match(r"\((?:1[89]|20)\d\d\)", number) is not None
         return len(digits) >= 8 and not is_year
-    if shape == "world" and len(digits) > 12 and number[1:].isdigit():  # could be the second line of a sum
+    if shape == "world" and (
+        len(digits) < 8 or (len(digits) > 12 and number[1:].isdigit())
+    ):  # could be the second line of a sum
         return _is_said_to_be_phone(match, BEFORE)
     return not NUMBER_WORDS.search(match.string, max(0, match.start() - 16), match.start())
 
