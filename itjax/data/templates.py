@@ -231,10 +231,12 @@ def choose(templates: Sequence[Template], *, key: str, seed: int) -> Template:
 
 
 def read(family: Family, raw: Mapping[str, Any], *, columns: Mapping[str, str], place: str) -> Row:
-    """The fields of a row; `columns` says which column holds a field that is not named like it."""
+    """The fields of a row; `columns` says which column holds a field that is not named like it. Blank text is none."""
     values, given = {}, set()
     for name, one in family.fields.items():
         value = column(raw, columns.get(name, name))
+        if isinstance(value, str) and not value.strip():
+            value = None
         if value is None and one.default is None:
             if not one.optional:
                 why = _missing(family, name, columns.get(name, name), raw)
@@ -283,6 +285,8 @@ def column(raw: Mapping[str, Any], path: str) -> Any:
 
 def _missing(family: Family, name: str, path: str, raw: Mapping[str, Any]) -> str:
     about = f" ({family.fields[name].about})" if family.fields[name].about else ""
+    if path in raw:
+        return f"column {path!r}{about} is empty; each row needs something for field {name!r} of family {family.name!r}"
     return (
         f"field {name!r} of family {family.name!r}{about} is to come from column {path!r}, which the row does not have; "
         f"name another in columns: {nearest(path, raw)}"

@@ -372,7 +372,7 @@ def test_turns_travel_unless_a_phrasing_writes_them_and_are_not_learned():
     [
         ({"question": "?"}, r"table.jsonl:1: field 'answer' of family 'sums' is to come from column 'answer'"),
         ({"question": "?", "anwser": "x"}, r"did you mean 'anwser'\?"),
-        ({"question": "?", "answer": " "}, r"table.jsonl:1: template 'a': the answer is empty"),
+        ({"question": "?", "answer": " "}, r"table.jsonl:1: column 'answer' is empty"),
         ({"question": {"x": 1}, "answer": "x"}, r"table.jsonl:1: column 'question': it is an object, not a text"),
     ],
 )
@@ -398,7 +398,7 @@ def test_a_bad_row_has_a_reason_that_can_be_counted_and_quotes_no_data():
         assert bad.value.key == f"table.jsonl:{index + 1}"
         assert str(bad.value).count("table.jsonl") == 1
         reasons.append(bad.value.reason)
-    assert reasons == ["there is no answer", "question is not of its kind", "the answer is empty"]
+    assert reasons == ["there is no answer", "question is not of its kind", "there is no answer"]
 
 
 def test_bad_rows_are_left_out_and_counted(tmp_path):
@@ -406,11 +406,11 @@ def test_bad_rows_are_left_out_and_counted(tmp_path):
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (rows,) = sources.open_files(str(tmp_path / "rows.jsonl"), columns={"question": "q", "answer": "a"})
     good, bad = sources.usable(phrased(rows), most=0.1)
-    assert (len(good), [row.reason for row in bad]) == (20, ["the answer is empty"])
+    assert (len(good), [row.reason for row in bad]) == (20, ["there is no answer"])
     kept = phrased(rows).over(sources.Subset(rows, range(20)), editions=3)
     assert kept.conversation(59).messages[-1].content in ("19", "A: 19", "19!")
     assert kept.conversations(range(60)) == all_of(kept)
-    with pytest.raises(ValueError, match=r"the answer is empty.*more than max_bad_rows"):
+    with pytest.raises(ValueError, match=r"there is no answer.*more than max_bad_rows"):
         sources.usable(phrased(rows), most=0.01)
 
 
