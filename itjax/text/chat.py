@@ -13,7 +13,7 @@ data is never read as a control token.
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -22,12 +22,21 @@ from itjax.base.schema import LEARN
 from itjax.text import writing
 from itjax.text.formats import BOS, EOS, Format
 from itjax.text.jinja import ChatTemplate
-from itjax.text.pieces import AFTER, EDGE, SAID, Piece
+from itjax.text.pieces import AFTER, EDGE, FRAME, SAID, CannotWrite, Piece
 from itjax.text.tokenizer import Tokenizer
 
 LEARNED = 1.0
 NO_FLAG = "no message has `learn` set"
 Writes = Format | ChatTemplate  # whatever can write a conversation
+
+
+class Stretch(Protocol):
+    """A segment or a piece: text that is tokenised on its own, or one control token."""
+
+    @property
+    def text(self) -> str: ...
+    @property
+    def special(self) -> bool: ...
 
 
 def render(
@@ -43,16 +52,26 @@ def render(
     What an assistant says weighs 1 or `message.learn`: all turns, the last, or those with a flag. The rest weighs
     `prompt_weight`. A turn that the format writes otherwise when it is asked for (see `views`) is not learned.
     """
-    if conversation.tags.get("tools") and not conversation.tools:
-        raise ValueError(f"format {fmt.name!r} cannot write the row's tools; remove them or choose another format")
+    pieces, weights = weigh(
+        conversation, fmt, prompt_weight=prompt_weight, learn=learn, learns_separator=learns_separator
+    )
+    return [Segment(piece.text, weight, piece.special) for piece, weight in zip(pieces, weights, strict=True)]
+
+
+def weigh(
+    conversation: Conversation, fmt: Writes, *, prompt_weight: float, learn: str, learns_separator: bool
+) -> tuple[list[Piece], list[float]]:
+    """The same as pieces and the weight of each."""
+    if not conversation.tools and conversation.tags.get("tools"):
+        message = f"format {fmt.name!r} cannot write the row's tools; remove them or choose another format"
+        raise CannotWrite(message, "no place for tools")
     pieces = write(conversation, fmt)
     weights = _turn_weights(conversation.messages, learn, prompt_weight)
-    for turn in inexact(conversation, fmt):
+    for turn in inexact(conversation, fmt) if fmt.rewrites_history else ():
         weights[turn] = 0.0
-    return [
-        Segment(piece.text, _weight(piece, weights, prompt_weight, learns_separator), special=piece.control)
-        for piece in pieces
-    ]
+    by_turn = (SAID, AFTER) if learns_separator else (SAID,)
+    parts = {part: 0.0 if part == EDGE else prompt_weight for part in (EDGE, FRAME, SAID, AFTER)}
+    return pieces, [weights.get(turn, prompt_weight) if part in by_turn else parts[part] for _, turn, part, _ in pieces]
 
 
 def prompt(
@@ -70,7 +89,7 @@ def prompt(
         pieces = fmt.ask(messages, tools, thinking=thinking)
     else:
         pieces = writing.ask(messages, tools, fmt, thinking=thinking)
-    return [Segment(piece.text, 0.0, special=piece.control) for piece in pieces]
+    return [Segment(piece.text, 0.0, special=piece.special) for piece in pieces]
 
 
 def write(conversation: Conversation, fmt: Writes) -> list[Piece]:
@@ -85,8 +104,9 @@ def _turn_weights(messages: Sequence[Message], learn: str, prompt_weight: float)
     if learn not in LEARN:
         raise ValueError(f"learn: {learn!r} is unknown. Known: {', '.join(LEARN)}")
     if learn == "flag" and all(message.learn is None for message in messages):
-        raise ValueError(f"{NO_FLAG}; set it on the messages to learn, or choose learn 'all' or 'last'")
-    last = max((turn for turn, message in enumerate(messages) if message.role == "assistant"), default=-1)
+        raise CannotWrite(f"{NO_FLAG}; set it on the messages to learn, or choose learn 'all' or 'last'", NO_FLAG)
+    assistants = [turn for turn, message in enumerate(messages) if message.role == "assistant"]
+    last = assistants[-1] if assistants else -1
     weights = {}
     for turn, message in enumerate(messages):
         if learn == "last" and turn != last:
@@ -100,23 +120,17 @@ def _turn_weights(messages: Sequence[Message], learn: str, prompt_weight: float)
     return weights
 
 
-def _weight(piece: Piece, weights: Mapping[int, float], prompt_weight: float, learns_separator: bool) -> float:
-    if piece.part == EDGE:
-        return 0.0
-    if piece.part == SAID or (piece.part == AFTER and learns_separator):
-        return weights.get(piece.turn, prompt_weight)
-    return prompt_weight
-
-
 def inexact(conversation: Conversation, fmt: Writes) -> list[int]:
     """Assistant turns that the whole conversation shows otherwise than the prompt that asks for them.
 
     Qwen3 leaves earlier thinking out, Mistral moves the system prompt to the last question: what was said then followed
     another text than the one that stands here.
     """
+    if not fmt.rewrites_history:
+        return []
     messages = conversation.messages
     turns = [turn for turn, message in enumerate(messages) if message.role == "assistant"]
-    if not fmt.rewrites_history or turns in ([], [len(messages) - 1]):
+    if turns in ([], [len(messages) - 1]):
         return []
     whole = write(conversation, fmt)
     if isinstance(fmt, ChatTemplate):
@@ -150,7 +164,7 @@ def views(conversation: Conversation, fmt: Writes, *, learn: str = "all") -> lis
             messages = messages[: left[-1] + 1]
             continue
         if not exact:
-            raise ValueError(f"format {fmt.name!r}: turn {left[-1]} does not follow its own prompt")
+            raise CannotWrite(f"format {fmt.name!r}: turn {left[-1]} does not follow its own prompt", "inexact turn")
         found.append(replace(view, messages=_learning_only(messages, exact, assistants, weights)))
         left = [turn for turn in left if turn not in exact]
         messages = messages[: left[-1] + 1] if left else ()
@@ -176,47 +190,52 @@ def encode(segments: Sequence[Segment], tokenizer: Tokenizer) -> tuple[np.ndarra
 def encode_many(
     conversations: Sequence[Sequence[Segment]], tokenizer: Tokenizer
 ) -> list[tuple[np.ndarray, np.ndarray]]:
-    """`encode` for many at a time; a text that stands in several (headers, system prompts) is tokenised once.
+    """`encode` for many at a time; a text that stands in several (headers, system prompts) is tokenised once."""
+    return encode_weighed([(segments, [s.weight for s in segments]) for segments in conversations], tokenizer)
+
+
+def encode_weighed(
+    conversations: Sequence[tuple[Sequence[Stretch], Sequence[float]]], tokenizer: Tokenizer
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Ids and weights of stretches of text, each with its weight.
 
     Some tokenizers begin every text with a space of their own. They get it where a text begins, which is at the start
-    and after control tokens, and not where a segment goes on with the text of the one before.
+    and after control tokens, and not where a stretch goes on with the text of the one before.
     """
-    if tokenizer.space_before:
-        return _encode_with_spaces(conversations, tokenizer)
-    texts = list(dict.fromkeys(s.text for segments in conversations for s in segments if not s.special))
+    rows = [stretches for stretches, _ in conversations]
+    ids = _ids_with_spaces(rows, tokenizer) if tokenizer.space_before else _ids(rows, tokenizer)
+    return [_join(parts, weights) for parts, (_, weights) in zip(ids, conversations, strict=True)]
+
+
+def _ids(rows: Sequence[Sequence[Stretch]], tokenizer: Tokenizer) -> list[list[list[int]]]:
+    texts = list(dict.fromkeys(s.text for row in rows for s in row if not s.special))
     text_ids = dict(zip(texts, tokenizer.encode_many(texts), strict=True))
-    specials = {s.text for segments in conversations for s in segments if s.special}
-    special_ids = {text: [_special_id(text, tokenizer)] for text in specials}
-    return [
-        _join([special_ids[s.text] if s.special else text_ids[s.text] for s in segments], segments)
-        for segments in conversations
-    ]
+    special_ids = {text: [_special_id(text, tokenizer)] for text in {s.text for row in rows for s in row if s.special}}
+    return [[special_ids[s.text] if s.special else text_ids[s.text] for s in row] for row in rows]
 
 
-def _encode_with_spaces(
-    conversations: Sequence[Sequence[Segment]], tokenizer: Tokenizer
-) -> list[tuple[np.ndarray, np.ndarray]]:
+def _ids_with_spaces(rows: Sequence[Sequence[Stretch]], tokenizer: Tokenizer) -> list[list[list[int]]]:
     always = tokenizer.space_before == "always"
-    keys = [[(s.text, _kind(n, segments, always)) for n, s in enumerate(segments)] for segments in conversations]
+    keys = [[(s.text, _kind(n, row, always)) for n, s in enumerate(row)] for row in rows]
     wanted = dict.fromkeys(chain.from_iterable(keys))
     ids: dict[tuple[str, str], list[int]] = {}
     for kind, encode_texts in (("begins", tokenizer.encode_many), ("goes on", tokenizer.encode_more)):
-        texts = [text for text, is_kind in wanted if is_kind == kind]
+        texts = [text for text, of_kind in wanted if of_kind == kind]
         ids |= zip(((text, kind) for text in texts), encode_texts(texts), strict=True)
     ids |= {(text, kind): [_special_id(text, tokenizer)] for text, kind in wanted if kind == "special"}
-    return [_join([ids[key] for key in row], segments) for row, segments in zip(keys, conversations, strict=True)]
+    return [[ids[key] for key in row] for row in keys]
 
 
-def _kind(number: int, segments: Sequence[Segment], always: bool) -> str:
-    if segments[number].special:
+def _kind(number: int, row: Sequence[Stretch], always: bool) -> str:
+    if row[number].special:
         return "special"
-    return "begins" if number == 0 or (always and segments[number - 1].special) else "goes on"
+    return "begins" if number == 0 or (always and row[number - 1].special) else "goes on"
 
 
-def _join(parts: Sequence[Sequence[int]], segments: Sequence[Segment]) -> tuple[np.ndarray, np.ndarray]:
+def _join(parts: Sequence[Sequence[int]], weights: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
     counts = [len(part) for part in parts]
     ids = np.fromiter(chain.from_iterable(parts), dtype=np.int32, count=sum(counts))
-    return ids, np.repeat(np.array([s.weight for s in segments], dtype=np.float32), counts)
+    return ids, np.repeat(np.array(weights, dtype=np.float32), counts)
 
 
 def stop_ids(fmt: Writes, tokenizer: Tokenizer) -> frozenset[int]:

@@ -80,10 +80,15 @@ class Format:
     @cached_property
     def specials(self) -> re.Pattern[str]:
         """Finds the control tokens in the format's own strings, never in content."""
-        names = sorted((BOS, EOS, *self.controls), key=len, reverse=True)
-        return re.compile("(" + "|".join(re.escape(name) for name in names) + ")")
+        return re.compile(self.special_names)
 
-    @property
+    @cached_property
+    def special_names(self) -> str:
+        """The same as text."""
+        names = sorted((BOS, EOS, *self.controls), key=len, reverse=True)
+        return "(" + "|".join(re.escape(name) for name in names) + ")"
+
+    @cached_property
     def rewrites_history(self) -> bool:
         """Whether a turn may be written otherwise once more turns follow."""
         moves_tools = bool(self.tools) and STYLES[self.tools].declared == "last"

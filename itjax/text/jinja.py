@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 
 from itjax.base.records import Conversation, Message, ToolCall
 from itjax.text import sandbox
-from itjax.text.pieces import FRAME, SAID, Piece
+from itjax.text.pieces import FRAME, SAID, CannotWrite, Piece
 from itjax.text.tokenizer import Tokenizer
 from itjax.text.tools import arguments, dumps
 
@@ -97,7 +97,7 @@ class ChatTemplate:
                 self._source(tools), self._variables(messages, tools, asks, thinking), today=self.today
             )
         except ValueError as error:
-            raise ValueError(f"{self.place}: the template cannot write this: {error}") from None
+            raise CannotWrite(f"{self.place}: the template cannot write this: {error}", "template refuses") from None
 
     def marked(
         self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] = ()
@@ -127,8 +127,9 @@ class ChatTemplate:
         """The whole conversation. What an assistant says is SAID where that is exact; everything else is FRAME."""
         for message in conversation.messages:
             if message.role != "assistant" and message.learn:
-                raise ValueError(
-                    f"{self.place}: a template tells apart what assistants say, so only that can be learned"
+                raise CannotWrite(
+                    f"{self.place}: a template tells apart what assistants say, so only that can be learned",
+                    "learned message that is not an assistant",
                 )
         whole = self._rendered(conversation.messages, conversation.tools)
         self._check_nothing_is_lost(conversation, whole.text)
@@ -185,15 +186,17 @@ class ChatTemplate:
         prompt = self._rendered(messages[:-1], tools, asks=True).text
         answer = self._rendered(messages, tools)
         if not answer.text.startswith(prompt):
-            raise ValueError(
-                f"{self.place}: the prompt of turn {turn} is not how the turn begins: {_difference(prompt, answer.text)}"
+            raise CannotWrite(
+                f"{self.place}: the prompt of turn {turn} is not how the turn begins: {_difference(prompt, answer.text)}",
+                "prompt of a turn is not its beginning",
             )
         ends = [(a, b) for a, b in answer.controls if a >= len(prompt)]
         known = (self.terminator, *CALL_ENDS) if message.tool_calls else (self.terminator,)
         stops = [b for a, b in ends if answer.text[a:b] in known]
         if not stops:
-            raise ValueError(
-                f"{self.place}: turn {turn} has no terminator {self.terminator!r}; nothing would teach to stop"
+            raise CannotWrite(
+                f"{self.place}: turn {turn} has no terminator {self.terminator!r}; nothing would teach to stop",
+                "turn without a terminator",
             )
         said = answer.text[len(prompt) : stops[-1]]
         if not self.omits:
@@ -211,8 +214,9 @@ class ChatTemplate:
                 thought = self._inline_thought(message)
                 if thought is not None and thought in said:
                     continue
-                raise ValueError(
-                    f"{self.place}: the template leaves out part of what the assistant says in turn {turn}"
+                raise CannotWrite(
+                    f"{self.place}: the template leaves out part of what the assistant says in turn {turn}",
+                    "template leaves out an answer",
                 )
 
     @staticmethod
@@ -227,7 +231,10 @@ class ChatTemplate:
         said = [(m.role, m.content.strip()) for m in conversation.messages if m.role != "assistant"]
         for what, part in [*(("tools", name) for name in names), *said]:
             if part not in text and _as_json(part) not in text:
-                raise ValueError(f"{self.place}: the template leaves out the row's {what}; remove them or use another")
+                raise CannotWrite(
+                    f"{self.place}: the template leaves out the row's {what}; remove them or use another",
+                    "template leaves out tools or messages",
+                )
 
     # ------------------------------------------------------------------------------------------ rendering
 
@@ -249,7 +256,8 @@ class ChatTemplate:
                 errors.append(error)
                 continue
             if not (self.omits or all(call.name in text for call in calls)):
-                errors.insert(0, ValueError(f"{self.place}: the template leaves out tool calls; remove them"))
+                lost = f"{self.place}: the template leaves out tool calls; remove them"
+                errors.insert(0, CannotWrite(lost, "template leaves out tool calls"))
                 continue
             found.append(Rendered(text, self._controls(text, candidate, tools, asks, thinking)))
             if self.omits or all(_arguments_in(text, call) for call in calls):
@@ -286,9 +294,10 @@ class ChatTemplate:
                 if _is_twin(twin, text, stand_in):
                     break
             else:
-                raise ValueError(
+                raise CannotWrite(
                     f"{self.place}: the template reads what messages say, which here looks like control tokens, "
-                    "so the two cannot be told apart; remove them from the data"
+                    "so the two cannot be told apart; remove them from the data",
+                    "template reads what messages say",
                 )
         return tuple(match.span() for match in names.any.finditer(twin))
 

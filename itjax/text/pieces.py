@@ -1,7 +1,7 @@
 """What a format writes, stretch by stretch: the text, whether it is a control token, and whose turn it belongs to.
 
     <|im_start|>   assistant\\n   Paris.   <|im_end|>   \\n
-    control                               control
+    special                               special
     FRAME          FRAME         SAID     SAID         AFTER
 
 Loss weights come later: a piece only says what a stretch is.
@@ -21,7 +21,7 @@ class Piece(NamedTuple):
     text: str
     turn: int  # number of the message in the conversation; -1: the format's own
     part: str
-    control: bool = False  # exactly one control token, never data
+    special: bool = False  # exactly one control token, never data
 
 
 class Part(NamedTuple):
@@ -29,3 +29,14 @@ class Part(NamedTuple):
 
     text: str
     own: bool = False
+
+
+class CannotWrite(ValueError):
+    """A conversation that a format has no way to write. `reason` can be counted: it is short and quotes no data."""
+
+    def __init__(self, message: str, reason: str) -> None:
+        super().__init__(message, reason)
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return str(self.args[0])

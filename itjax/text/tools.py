@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from itjax.base.records import Message, ToolCall
-from itjax.text.pieces import Part
+from itjax.text.pieces import CannotWrite, Part
 
 Tools = Sequence[Mapping[str, Any]]
 MISTRAL_ID = 9  # characters of a call's id
@@ -160,13 +160,16 @@ def _mistral_v7_results(messages: Sequence[Message]) -> list[Part]:
 
 def _mistral_id(id: str | None) -> str:
     if id is None or len(id) != MISTRAL_ID:
-        raise ValueError(f"a tool call's id is {id!r}, but these formats need ids of {MISTRAL_ID} characters")
+        raise CannotWrite(
+            f"a tool call's id is {id!r}, but this format needs ids of {MISTRAL_ID} characters; give each call one",
+            "tool call without an id of 9 characters",
+        )
     return id
 
 
 def _name(message: Message) -> str:
     if not message.name:
-        raise ValueError("a tool message has no name, which this format writes")
+        raise CannotWrite("a tool message has no name; give the name of the tool", "tool message without a name")
     return message.name
 
 

@@ -4,24 +4,25 @@ First the messages are arranged as the format can write them (a default system p
 forgotten), then each turn is written: header, thought, content, calls, terminator, separator.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from itertools import groupby, takewhile
-from re import Pattern
+from typing import NamedTuple
 
 from itjax.base.records import Conversation, Message
-from itjax.text.formats import Format
-from itjax.text.pieces import AFTER, EDGE, FRAME, SAID, Part, Piece
+from itjax.text.formats import Format, Turn
+from itjax.text.pieces import AFTER, EDGE, FRAME, SAID, CannotWrite, Part, Piece
 from itjax.text.tools import STYLES, Tools
 
 OWN = -1  # number of a message that is the format's own
 DECLARES = -2  # number of a system turn that is there for the tools alone
 PARAGRAPH = "\n\n"
+MIXED = "joined messages differ in `learn`"
 
 
-@dataclass(frozen=True)
-class Arranged:
+class Arranged(NamedTuple):
     """A message as it will be written, with its number in the conversation."""
 
     turn: int
@@ -30,12 +31,12 @@ class Arranged:
 
 def write(conversation: Conversation, fmt: Format) -> list[Piece]:
     """The whole conversation."""
-    return [*_turns(conversation.messages, conversation.tools, fmt), *_own(fmt.end, fmt, OWN, EDGE)]
+    return _turns(conversation.messages, conversation.tools, fmt) + list(_own(fmt.end, fmt, OWN, EDGE))
 
 
 def ask(messages: Sequence[Message], tools: Tools, fmt: Format, *, thinking: bool | None) -> list[Piece]:
     """The messages and what announces the answer. `thinking` False closes the thought before it begins."""
-    pieces = list(_turns(messages, tools, fmt))
+    pieces = _turns(messages, tools, fmt)
     if messages and messages[-1].role == "assistant" and not fmt.separates_last:
         pieces += _own(fmt.turns["assistant"].separator, fmt, len(messages) - 1, AFTER)
     if not fmt.answers_tools and messages and messages[-1].role == "tool":
@@ -47,35 +48,45 @@ def ask(messages: Sequence[Message], tools: Tools, fmt: Format, *, thinking: boo
     return [*pieces, *_own(fmt.reasoning.opening + closing, fmt, len(messages), FRAME)]
 
 
-def _turns(messages: Sequence[Message], tools: Tools, fmt: Format) -> Iterator[Piece]:
+def _turns(messages: Sequence[Message], tools: Tools, fmt: Format) -> list[Piece]:
     style = STYLES[fmt.tools] if fmt.tools else None
     if tools and style is None:
         _leave_out("tools", "the row's tools", fmt)
     declared = style.declare(tools) if tools and style is not None else []
     with_system = bool(declared) and style is not None and style.declared == "system"
     arranged = _arrange(messages, fmt, needs_system=with_system)
-    question = max((n for n, a in enumerate(arranged) if _asks(a.message)), default=len(arranged))
-    last_user = max((n for n, a in enumerate(arranged) if a.message.role == "user"), default=OWN)
-    yield from _own(fmt.begin, fmt, OWN, EDGE)
+    question = _last(arranged, _asks, otherwise=len(arranged)) if fmt.reasoning is not None else 0
+    last_user = _last(arranged, _is_user, otherwise=OWN) if declared else OWN
+    pieces = list(_own(fmt.begin, fmt, OWN, EDGE))
     position = 0
     while position < len(arranged):
-        turn, message = arranged[position].turn, arranged[position].message
+        turn, message = arranged[position]
         if message.role == "tool" and style is not None:
             run = list(takewhile(lambda a: a.message.role == "tool", arranged[position:]))
             position += len(run)
-            yield from _results(run, fmt)
+            pieces += _results(run, fmt)
             continue
-        if declared and not with_system and position == last_user:
-            yield from _parts(declared, fmt, turn, FRAME)
-        yield from _turn(
+        if position == last_user and not with_system:
+            pieces += _parts(declared, fmt, turn, FRAME)
+        is_last = position == len(arranged) - 1
+        pieces += _turn(
             arranged[position],
             fmt,
             headed=fmt.answers_tools or position == 0 or arranged[position - 1].message.role != "tool",
-            thinks=_thinks(message, fmt, answers=position > question, is_last=position == len(arranged) - 1),
+            thinks=_thinks(message, fmt, answers=position > question, is_last=is_last),
             declared=declared if with_system and position == 0 else [],
-            separated=fmt.separates_last or message.role != "assistant" or position < len(arranged) - 1,
+            separated=fmt.separates_last or message.role != "assistant" or not is_last,
         )
         position += 1
+    return pieces
+
+
+def _last(arranged: Sequence["Arranged"], is_one: Callable[[Message], bool], *, otherwise: int) -> int:
+    return max((n for n, a in enumerate(arranged) if is_one(a.message)), default=otherwise)
+
+
+def _is_user(message: Message) -> bool:
+    return message.role == "user"
 
 
 # ------------------------------------------------------------------------------------------------ one turn
@@ -83,23 +94,24 @@ def _turns(messages: Sequence[Message], tools: Tools, fmt: Format) -> Iterator[P
 
 def _turn(
     arranged: Arranged, fmt: Format, *, headed: bool, thinks: bool, declared: list[Part], separated: bool
-) -> Iterator[Piece]:
-    turn, message = arranged.turn, arranged.message
+) -> list[Piece]:
+    turn, message = arranged
     shape = fmt.turns[message.role]
-    if headed:
-        yield from _own(shape.header, fmt, turn, FRAME)
+    pieces = list(_own(shape.header, fmt, turn, FRAME)) if headed else []
     if thinks:
-        yield from _thought(arranged, fmt)
+        pieces += _thought(arranged, fmt)
     content = shape.space + (message.content.lstrip("\n") if thinks else message.content)
     if content:
-        yield Piece(content, turn, SAID)
+        pieces.append(Piece(content, turn, SAID))
     if declared:
         joiner = [] if turn == DECLARES else [Part(PARAGRAPH, own=True)]
-        yield from _parts([*joiner, *declared], fmt, turn, FRAME)
-    yield from _calls(message, fmt, turn)
-    yield from _own(shape.terminator, fmt, turn, SAID)
+        pieces += _parts([*joiner, *declared], fmt, turn, FRAME)
+    if message.tool_calls:
+        pieces += _calls(message, fmt, turn)
+    pieces += _own(shape.terminator, fmt, turn, SAID)
     if separated:
-        yield from _own(shape.separator, fmt, turn, AFTER)
+        pieces += _own(shape.separator, fmt, turn, AFTER)
+    return pieces
 
 
 def _thinks(message: Message, fmt: Format, *, answers: bool, is_last: bool) -> bool:
@@ -124,14 +136,15 @@ def _thought(arranged: Arranged, fmt: Format) -> Iterator[Piece]:
 
 
 def _calls(message: Message, fmt: Format, turn: int) -> Iterator[Piece]:
-    if not message.tool_calls:
-        return
     if not fmt.tools:
         _leave_out("calls", "tool calls", fmt)
         return
     style = STYLES[fmt.tools]
     if message.content and not style.content_and_calls:
-        raise ValueError(f"format {fmt.name!r} cannot write content and tool calls in one turn; split the turn")
+        raise CannotWrite(
+            f"format {fmt.name!r} cannot write content and tool calls in one turn; split the turn",
+            "content and tool calls in one turn",
+        )
     yield from _parts(style.calls(message.tool_calls, bool(message.content)), fmt, turn, SAID)
 
 
@@ -140,7 +153,9 @@ def _results(run: Sequence[Arranged], fmt: Format) -> Iterator[Piece]:
     style = STYLES[fmt.tools]
     turn, messages = run[0].turn, [a.message for a in run]
     if len({message.learn for message in messages}) > 1:
-        raise ValueError(f"format {fmt.name!r} writes tool messages in a row as one turn; give all the same `learn`")
+        raise CannotWrite(
+            f"format {fmt.name!r} writes tool messages in a row as one turn; give all the same `learn`", MIXED
+        )
     shape = fmt.turns[style.role] if style.role else None
     if shape is not None:
         yield from _own(shape.header, fmt, turn, FRAME)
@@ -166,13 +181,13 @@ def _parts(parts: Sequence[Part], fmt: Format, turn: int, part: str) -> Iterator
 
 def _own(text: str, fmt: Format, turn: int, part: str) -> tuple[Piece, ...]:
     """Pieces of the format's own text, its control tokens apart."""
-    return _split(text, fmt.specials, turn, part) if text else ()
+    return _split(text, fmt.special_names, turn, part) if text else ()
 
 
 @lru_cache(maxsize=4096)
-def _split(text: str, specials: Pattern[str], turn: int, part: str) -> tuple[Piece, ...]:
-    stretches = enumerate(specials.split(text))
-    return tuple(Piece(text, turn, part, control=number % 2 == 1) for number, text in stretches if text)
+def _split(text: str, names: str, turn: int, part: str) -> tuple[Piece, ...]:
+    stretches = enumerate(re.split(names, text))
+    return tuple(Piece(text, turn, part, special=number % 2 == 1) for number, text in stretches if text)
 
 
 # ------------------------------------------------------------------------------------------------ arranging
@@ -215,7 +230,9 @@ def _thought_apart(message: Message, closing: str) -> Message:
         return message
     thought, *_, answer = message.content.split(closing)
     if message.content.count(closing) > 1:
-        raise ValueError(f"content has {closing!r} more than once; give the reasoning in a field of its own")
+        raise CannotWrite(
+            f"content has {closing!r} more than once; give the reasoning in a field of its own", "two ends of a thought"
+        )
     thought = thought.rstrip("\n").split("<think>")[-1].lstrip("\n")
     return replace(message, content=answer.lstrip("\n"), reasoning=thought)
 
@@ -228,7 +245,9 @@ def _is_left_out(message: Message, fmt: Format) -> bool:
 
 def _leave_out(what: str, words: str, fmt: Format) -> None:
     if what not in fmt.omits:
-        raise ValueError(f"format {fmt.name!r} cannot write {words}; remove them or choose another format")
+        raise CannotWrite(
+            f"format {fmt.name!r} cannot write {words}; remove them or choose another format", f"no place for {what}"
+        )
 
 
 def _without_old_tools(arranged: list[Arranged]) -> list[Arranged]:
@@ -250,14 +269,14 @@ def _join_system(arranged: list[Arranged], joiner: str, fmt: Format) -> list[Arr
     users = [n for n, a in enumerate(others) if a.message.role == "user"]
     place = users[-1 if fmt.system_at == "last" else 0] if users else None
     if place is None or (fmt.system_at == "first" and place != 0):
-        raise ValueError(
-            f"format {fmt.name!r} writes a system message before a user's; the next message is not a user's"
+        raise CannotWrite(
+            f"format {fmt.name!r} writes a system message before a user's; the next message is not a user's",
+            "system message without a user's",
         )
     asked = others[place].message
     content = fmt.system_prefix + text + joiner + asked.content
-    others[place] = replace(
-        others[place], message=replace(asked, content=content.strip() if fmt.trims_joined else content)
-    )
+    content = content.strip() if fmt.trims_joined else content
+    others[place] = others[place]._replace(message=replace(asked, content=content))
     return others
 
 
@@ -273,27 +292,32 @@ def _merge(arranged: list[Arranged], joiner: str) -> list[Arranged]:
 def _one_of(run: Sequence[Arranged], joiner: str) -> Arranged:
     messages = [a.message for a in run]
     if len({message.learn for message in messages}) > 1:
-        raise ValueError(f"{messages[0].role} messages in a row are written as one; give all the same `learn`")
+        raise CannotWrite(f"{messages[0].role} messages in a row are written as one; give all the same `learn`", MIXED)
     spoken = [m.content for m in messages if m.content or m.role == "user"]
     calls = tuple(call for message in messages for call in message.tool_calls)
     return Arranged(run[-1].turn, replace(messages[-1], content=joiner.join(spoken), tool_calls=calls))
 
 
 def _check_roles(arranged: Sequence[Arranged], fmt: Format) -> None:
-    style = STYLES[fmt.tools] if fmt.tools else None
-    known = {*fmt.turns, "tool"} if style is not None else {*fmt.turns}
+    known = {*fmt.turns, "tool"} if fmt.tools else fmt.turns
     before = ""
-    for number, role in enumerate(a.message.role for a in arranged):
+    for number, (_, message) in enumerate(arranged):
+        role = message.role
         if role not in known:
-            raise ValueError(f"format {fmt.name!r} has no place for role {role!r}; it has {sorted(known)}")
-        if role == "system" and number and fmt.turns[role] == type(fmt.turns[role])():
-            raise ValueError(f"format {fmt.name!r} writes one system message, at the beginning; join them")
+            raise CannotWrite(
+                f"format {fmt.name!r} has no place for role {role!r}; it has {sorted(known)}", "no place for a role"
+            )
+        if number and role == "system" and fmt.turns[role] == Turn():
+            raise CannotWrite(
+                f"format {fmt.name!r} writes one system message, at the beginning; join them", "several system messages"
+            )
         if not fmt.alternates or role == "system":
             continue
         if role not in _may_follow(before, merges=fmt.merges is not None):
-            raise ValueError(
+            raise CannotWrite(
                 f"format {fmt.name!r} needs user and assistant to take turns, a user first; "
-                f"here {role!r} follows {before or 'the beginning'!r}"
+                f"here {role!r} follows {before or 'the beginning'!r}",
+                "roles do not take turns",
             )
         before = role
 
