@@ -183,8 +183,8 @@ def _contradictions_of_mixture(
             raise Fault(
                 f"{place}.sources.{name}.scale: has no effect beside weight={source.weight:g}; keep one of them"
             )
-        if source.sources:
-            _contradictions_of_mixture(source.mixture, source.sources, place=f"{place}.sources.{name}", others=False)
+        inside = f"{place}.sources.{name}"  # the nested sources of a source, or its files
+        _contradictions_of_mixture(source.mixture, source.sources, place=inside, others=not source.sources)
     own = {name: source.weight for name, source in sources.items()}
     _contradictions_of_weights(own, place=f"{place}.sources", others=others)
     starts: dict[int, str] = {}

@@ -58,7 +58,7 @@ class Source:
     files: str = ""  # globs, separated by commas
     task: str = ""  # an embedded family: "triage", "arithmetic", "functions", "support"
     sources: Mapping[str, "Source"] = field(default_factory=dict)  # a nested mixture, weighted by `mixture`
-    mixture: Mixture = field(default_factory=Mixture)  # of the nested sources
+    mixture: Mixture = field(default_factory=Mixture)  # of the nested sources, or of several files
     examples: int = bounded(0, at_least=0)  # how many rows: of an embedded family; of files at most (0: all)
     weight: float | None = bounded(None, above=0)  # share, in the mixture's unit; None: the mixture's rates decide
     scale: float = bounded(1.0, above=0)  # counts as so many times its size where rates go by size, before the cap

@@ -64,7 +64,7 @@ def tree(
     """The sources of a config as a tree whose leaves are what was opened.
 
     `opened` has the names of what each leaf of `sources` (`mails`, `tasks/sums`) was opened as: one, or one a file; the
-    files of a source share its weight by their size. `others` are sources without settings: `config.files`.
+    files of a source are a nested mixture. `others` are sources without settings: `config.files`.
     """
     named = _nodes(sources, "", opened)
     return Node("", mixture=run_mixture, members=(*(Node(name) for name in others), *named))
@@ -81,7 +81,7 @@ def _node(path: str, source: Source, opened: Mapping[str, Sequence[str]]) -> Nod
     names = opened[path]
     if list(names) == [path]:
         return dataclasses.replace(node, mixture=Mixture())
-    return dataclasses.replace(node, mixture=Mixture(), members=tuple(Node(name) for name in names))
+    return dataclasses.replace(node, members=tuple(Node(name) for name in names))
 
 
 def plain(names: Sequence[str], weights: Sequence[float | None]) -> Node:

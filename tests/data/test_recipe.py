@@ -55,6 +55,13 @@ def test_the_files_of_one_source_share_its_weight_by_size():
     assert shares(found) == {"both/sums": 0.5625, "both/poems": 0.1875, "mails": 0.25}
 
 
+def test_the_files_of_one_source_may_have_rules_of_their_own():
+    sources = {"both": Source(weight=0.5, mixture=Mixture(cap=20)), "mails": Source(weight=0.5)}
+    files = {"both": ["both/sums", "both/poems"]}
+    found = made(sources, files=files, both__sums=SUMS, both__poems=POEMS, mails=MAILS)
+    assert shares(found) == {"both/sums": round(1 / 3, 6), "both/poems": round(1 / 6, 6), "mails": 0.5}
+
+
 TASKS = {"tasks": Source(sources={"sums": Source(), "poems": Source()}, mixture=Mixture(rates="equal"), weight=0.5)}
 
 
