@@ -16,7 +16,7 @@ import itertools
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -26,12 +26,12 @@ import pyarrow.parquet as pq
 from array_record.python.array_record_module import ArrayRecordReader
 
 from itjax.data.files import LONGEST_ROW, Bytes, create, stem
-from itjax.data.strict_json import RowError, parse, parts
+from itjax.data.strict_json import LINE_END, RowError, parse, parts
 
 PLACE = np.dtype([("start", "<i8"), ("line", "<i8"), ("size", "<u4"), ("number", "<u4")])
 BLOCK = 1 << 20
 HEAD = 1 << 20  # bytes that are looked at to recognise a file
-GAP = 1 << 16  # bytes between two rows that are read in one go
+GAP = 1 << 12  # bytes between two rows that are read in one go
 LONGEST_SIZE = (1 << 32) - 1
 BOM = b"\xef\xbb\xbf"
 PARQUET, ARROW_RECORDS = b"PAR1", bytes.fromhex("83af70d10d884a3f")
@@ -69,19 +69,16 @@ class Layout:
     def places(self) -> Iterator[np.ndarray]:
         raise NotImplementedError
 
-    def fetch(self, places: np.ndarray) -> list[Any]:
+    def fetch(self, places: Sequence[Place]) -> list[Any]:
         """The bytes of rows, neighbours in one read; empty where the row is too long."""
-        order = np.argsort(places["start"], kind="stable")
-        sizes = np.where(places["size"] > self.longest, 0, places["size"]).astype(np.int64)
-        starts = places["start"]
+        spans = [(place.start, 0 if place.size > self.longest else place.size) for place in places]
         fetched = [b""] * len(places)
-        for group in _neighbours(starts[order], sizes[order]):
-            rows = order[group]
-            begin = int(starts[rows[0]])
-            raw = self.data.read(begin, int((starts[rows] + sizes[rows]).max()) - begin)
-            for row in rows.tolist():
-                at = int(starts[row]) - begin
-                fetched[row] = raw[at : at + int(sizes[row])]
+        for group in _neighbours(spans):
+            begin = spans[group[0]][0]
+            raw = self.data.read(begin, max(start + size for start, size in map(spans.__getitem__, group)) - begin)
+            for row in group:
+                start, size = spans[row]
+                fetched[row] = raw[start - begin : start - begin + size]
         return fetched
 
     def fetch_one(self, place: Place) -> Any:
@@ -99,16 +96,20 @@ class Layout:
             raise RowError(f"the row is longer than {bound}; split it", "the row is too long")
 
 
-def _neighbours(starts: np.ndarray, sizes: np.ndarray) -> Iterator[slice]:
-    """Stretches of rows that are worth one read: close together, and no more than a block of them."""
-    begin = 0
-    for row in range(1, len(starts)):
-        gap = starts[row] - starts[row - 1] - sizes[row - 1]
-        if gap > GAP or starts[row] + sizes[row] - starts[begin] > BLOCK:
-            yield slice(begin, row)
-            begin = row
-    if len(starts):
-        yield slice(begin, len(starts))
+def _neighbours(spans: Sequence[tuple[int, int]]) -> Iterator[list[int]]:
+    """Rows that are worth one read: close together, and no more than a block of them."""
+    group: list[int] = []
+    begin = end = 0
+    for row in sorted(range(len(spans)), key=spans.__getitem__):
+        start, size = spans[row]
+        if group and (start - end > GAP or start + size - begin > BLOCK):
+            yield group
+            group = []
+        begin = begin if group else start
+        group.append(row)
+        end = start + size
+    if group:
+        yield group
 
 
 def _places(starts: Any, lines: Any, sizes: Any) -> np.ndarray:
@@ -127,23 +128,31 @@ class Lines(Layout):
 
     def places(self) -> Iterator[np.ndarray]:
         start, line = self.facts["begin"], self.facts["line"]  # of the line that a block may have begun
-        blank = True  # so far
+        has_text = False  # so far
         for at in range(start, self.data.size, BLOCK):
-            block = np.frombuffer(self.data.read(at, min(BLOCK, self.data.size - at)), np.uint8)
-            ends = np.flatnonzero(block == 10)
-            stops = at + ends + 1
-            starts = np.concatenate([[start], stops])
-            solid = np.concatenate([[0], np.cumsum(~_IS_BLANK[block])])[np.concatenate([[0], ends + 1, [len(block)]])]
-            has_text = np.diff(solid) > 0
-            has_text[0] |= not blank
+            raw = self.data.read(at, min(BLOCK, self.data.size - at))
+            ends = np.flatnonzero(np.frombuffer(raw, np.uint8) == LINE_END)
+            bounds = np.concatenate([[0], ends + 1, [len(raw)]])
+            have_text = _have_text(raw, bounds)
+            have_text[0] |= has_text
+            starts = np.concatenate([[start], at + ends + 1])
             found = _places(starts[:-1], line + np.arange(len(ends)), np.diff(starts))
-            yield found[has_text[:-1]]
-            start, line, blank = int(starts[-1]), line + len(ends), not has_text[-1]
-        if not blank:
+            yield found[have_text[:-1]]
+            start, line, has_text = int(starts[-1]), line + len(ends), bool(have_text[-1])
+        if has_text:
             yield _places([start], [line], [self.data.size - start])
 
     def decode(self, raw: bytes, place: Place) -> Any:
         return super().decode(raw.rstrip(b"\r\n"), place)
+
+
+def _have_text(raw: bytes, bounds: np.ndarray) -> np.ndarray:
+    """Whether the stretches between bounds hold more than spaces."""
+    firsts = np.frombuffer(raw + b"\n", np.uint8)[bounds[:-1]]
+    have_text = ~_IS_BLANK[firsts]
+    for number in np.flatnonzero(~have_text).tolist():
+        have_text[number] = bool(raw[bounds[number] : bounds[number + 1]].strip())
+    return have_text
 
 
 _IS_BLANK = np.zeros(256, bool)
@@ -403,13 +412,22 @@ class Parquet(Layout):
     def places(self) -> Iterator[np.ndarray]:
         yield from _numbered(self.facts["rows"])
 
-    def fetch(self, places: np.ndarray) -> list[Any]:
-        return [self.fetch_one(Place(*place)) for place in places.tolist()]
+    def fetch(self, places: Sequence[Place]) -> list[Any]:
+        """Rows that follow each other inside a batch are turned into values together."""
+        self.data.check()
+        table = _arrow(self.data.path)
+        rows = [place.start for place in places]
+        fetched: list[Any] = []
+        while len(fetched) < len(rows):
+            begin = rows[len(fetched)]
+            batch, row = divmod(begin, ARROW_BATCH)
+            following = zip(rows[len(fetched) :], range(begin, (batch + 1) * ARROW_BATCH), strict=False)
+            count = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], following))
+            fetched += table.get_batch(batch).slice(row, count).to_pylist()
+        return fetched
 
     def fetch_one(self, place: Place) -> Any:
-        self.data.check()
-        batch, row = divmod(place.start, ARROW_BATCH)
-        return _arrow(self.data.path).get_batch(batch).slice(row, 1).to_pylist()[0]
+        return self.fetch([place])[0]
 
     def decode(self, raw: dict[str, Any], place: Place) -> dict[str, Any]:
         return raw
@@ -466,13 +484,13 @@ class ArrayRecord(Layout):
     def places(self) -> Iterator[np.ndarray]:
         yield from _numbered(self.facts["rows"])
 
-    def fetch(self, places: np.ndarray) -> list[Any]:
+    def fetch(self, places: Sequence[Place]) -> list[Any]:
         self.data.check()
         with _records_told(self.data):
-            return _records(self.data.path, self.data.seen).read(places["start"].tolist())
+            return _records(self.data.path, self.data.seen).read([place.start for place in places])
 
     def fetch_one(self, place: Place) -> Any:
-        return self.fetch(np.array([place], PLACE))[0]
+        return self.fetch([place])[0]
 
     def decode(self, raw: bytes, place: Place) -> Any:
         if len(raw) > self.longest:

@@ -137,15 +137,11 @@ class FileSource:
 
     def _many(self, indices: Sequence[int] | np.ndarray, make: Callable[[File, Place, Any], Any]) -> list[Any]:
         found = [self._find(int(index)) for index in indices]
-        of_file: dict[int, list[int]] = {}
-        for at, (file, _) in enumerate(found):
-            of_file.setdefault(id(file), []).append(at)
         made: list[Any] = [None] * len(found)
-        for members in of_file.values():
-            file = found[members[0]][0]
-            places = file.places[[found[at][1] for at in members]]
-            raws = file.layout.fetch(places)
-            for at, place, raw in zip(members, map(Place._make, places.tolist()), raws, strict=True):
+        for file in {id(file): file for file, _ in found}.values():
+            wanted = [at for at, (of, _) in enumerate(found) if of is file]
+            places = [Place(*place) for place in file.places[[found[at][1] for at in wanted]].tolist()]
+            for at, place, raw in zip(wanted, places, file.layout.fetch(places), strict=True):
                 made[at] = self._made(file, place, raw, make)
         return made
 
