@@ -214,9 +214,14 @@ def jaccard(one: frozenset[int], other: frozenset[int]) -> float:
     return both / (len(one) + len(other) - both)
 
 
+def spaced(text: str) -> str:
+    """With a space around every character of a script that is written without spaces."""
+    return text if text.isascii() else UNSPACED.sub(r" \1 ", text)
+
+
 def words_of(text: str) -> list[str]:
     """The words of a normalised text; what is written without spaces counts by characters."""
-    return (text if text.isascii() else UNSPACED.sub(r" \1 ", text)).split()
+    return spaced(text).split()
 
 
 def shingles(text: str, width: int) -> np.ndarray:

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from itjax.base.records import Finding
+from itjax.data.duplicates import spaced
 from itjax.data.sources import open_files
 from itjax.data.stages import Example
 
@@ -41,7 +42,8 @@ MEANS = "means nearly the same as an evaluation item"
 
 
 def tokens_of(text: str) -> list[str]:
-    return [token for token in TOKENS.split(text.lower()) if token]
+    """As published; and scripts without spaces by characters, or a whole sentence would be one token."""
+    return [token for token in TOKENS.split(spaced(text.lower())) if token]
 
 
 def set_of(key: str) -> str:

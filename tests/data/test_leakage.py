@@ -72,6 +72,7 @@ def test_stretches_that_repeat_cover_once():
 def test_tokens_are_split_as_published():
     assert tokens_of('He said: "No-one, (really?)";\nC:\\dir') == ["he", "said", "no", "one", "really", "c", "dir"]
     assert tokens_of("tab\tstays it's") == ["tab\tstays", "it's"]
+    assert tokens_of("日本の首都は?") == list("日本の首都は")  # not published: a sentence without spaces
 
 
 def test_case_and_punctuation_do_not_hide_a_leak():
