@@ -11,7 +11,7 @@ import fsspec
 import pytest
 import zstandard
 
-from itjax.data import files, index
+from itjax.data import files
 from itjax.data.files import Bytes, find
 from itjax.data.sources import open_files
 
@@ -238,11 +238,3 @@ def test_bytes_are_read_from_any_place(tmp_path):
     assert (data.read(3, 4), data.size) == (b"3456", 10)
     with pytest.raises(ValueError, match="became shorter"):
         data.read(8, 4)
-
-
-def test_a_large_file_is_looked_through_once(tmp_path, monkeypatch):
-    monkeypatch.setattr(index, "SMALL", 10)
-    path = write(tmp_path / "a.jsonl", LINE * 3)
-    open_files(str(path))
-    monkeypatch.setattr(files, "_build", None)
-    assert len(open_files(str(path))[0]) == 3

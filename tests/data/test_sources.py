@@ -15,7 +15,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from itjax.base.records import Message
-from itjax.data import index
 from itjax.data import sources as module
 from itjax.data.sources import BadRow, FileSource, Rows, Subset, hold_out, open_files, usable, write_bad_rows
 
@@ -72,20 +71,6 @@ def test_shards_follow_each_other(tmp_path):
             source.conversation(number)
 
 
-@pytest.mark.parametrize("small", [0, 1 << 20])
-def test_a_source_reads_the_same_wherever_it_is_unpickled(tmp_path, monkeypatch, small):
-    monkeypatch.setattr(index, "SMALL", small)
-    path = numbered(tmp_path / "a.jsonl", 1000)
-    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(path.read_bytes()))
-    for name in ("a.jsonl", "b.jsonl.gz"):
-        source = only(tmp_path / name)
-        pickled = pickle.dumps(source)
-        again = pickle.loads(pickled)
-        assert asked(again) == [str(n) for n in range(1000)]
-        assert again.fingerprint() == source.fingerprint()
-        assert len(pickled) < 2000 or (name, small) == ("a.jsonl", 1 << 20)  # an index that is kept does not travel
-
-
 def test_rows_are_fields_for_templates(tmp_path):
     path = write(tmp_path / "a.jsonl", {"question": "2 + 2?", "answer": "4"}, [1])
     source = only(path, columns={"prompt": "question"})
@@ -127,29 +112,6 @@ def test_the_fingerprint_follows_content_and_reading_and_not_the_folder(tmp_path
         FileSource([here], "other"),
     ]
     assert len({marks[0], *(other.fingerprint() for other in others)}) == 4
-
-
-def test_an_index_is_made_anew_when_the_file_changed(tmp_path, monkeypatch):
-    monkeypatch.setattr(index, "SMALL", 0)
-    path = numbered(tmp_path / "a.jsonl", 3)
-    assert len(only(path)) == 3
-    numbered(path, 5)
-    assert asked(only(path)) == ["0", "1", "2", "3", "4"]
-    kept = path.stat()
-    content = path.read_bytes().replace(b'"4"', b'"9"')
-    path.write_bytes(content)  # of the same size, and the clock set back
-    os.utime(path, ns=(kept.st_atime_ns, kept.st_mtime_ns))
-    assert asked(only(path))[-1] == "9"
-
-
-def test_a_damaged_index_is_told(tmp_path, monkeypatch):
-    monkeypatch.setattr(index, "SMALL", 0)
-    path = numbered(tmp_path / "a.jsonl", 3)
-    only(path, cache_dir=tmp_path / "kept")
-    (places,) = (tmp_path / "kept").rglob("places")
-    os.truncate(places, 10)
-    with pytest.raises(ValueError, match=r"the index is damaged .* delete this folder"):
-        only(path, cache_dir=tmp_path / "kept")
 
 
 def test_an_unknown_shape_is_told(tmp_path):
