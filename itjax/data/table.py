@@ -4,7 +4,8 @@ source   kept/read   epochs   examples        tokens          trained tokens
 mails    980/1,000     2.04   50.0% → 50.1%   88.9% → 88.7%   91.2% → 91.1%
 """
 
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console, RenderableType
@@ -12,6 +13,8 @@ from rich.table import Table
 from rich.text import Text
 
 from itjax.base.schema import UNITS
+
+MANY = 24  # sources that are a line each; of more, those of a group are one line together
 
 
 def show(told: Mapping[str, Any], console: Console) -> None:
@@ -43,7 +46,7 @@ def _head(plan: Mapping[str, Any]) -> str:
 
 def _sources(sources: Mapping[str, Any], unit: str) -> Table:
     table = _table("", ("kept/read", "epochs"), unit)
-    for name, source in sources.items():
+    for name, source in _lines(sources):
         kept = f"{source['kept']:,}/{source['rows_read']:,}"
         table.add_row(Text(name), kept, _epochs(source), *_shares(source))
     return table
@@ -52,7 +55,7 @@ def _sources(sources: Mapping[str, Any], unit: str) -> Table:
 def _stage(stage: Mapping[str, Any], unit: str) -> Table:
     steps = f"steps {stage['first_step']:,} to {stage['last_step']:,}"
     table = _table(f"{stage['stage'] or 'before the first stage'}, {steps}", ("drawn",), unit)
-    for name, source in stage["sources"].items():
+    for name, source in _lines(stage["sources"]):
         table.add_row(Text(name), f"{source['examples']:,}", *_shares(source))
     return table
 
@@ -63,6 +66,28 @@ def _table(title: str, counts: tuple[str, ...], unit: str) -> Table:
     for name in (*counts, *UNITS):
         table.add_column(name.replace("_", " "), justify="right", style="bold" if name == unit else "", no_wrap=True)
     return table
+
+
+def _lines(sources: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """The sources, or the outermost groups of very many of them: `tasks (60 sources)`."""
+    groups: dict[str, list[Mapping[str, Any]]] = {}
+    for name, source in sources.items():
+        groups.setdefault(name.split("/")[0] if len(sources) > MANY else name, []).append(source)
+    for name, members in groups.items():
+        yield (name, members[0]) if len(members) == 1 else (f"{name} ({len(members)} sources)", _together(members))
+
+
+def _together(members: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What sources are together; their epochs are those of a passage through all of them."""
+    counts: Counter[str] = Counter()
+    for member in members:
+        counts.update({name: member.get(name, 0) for name in ("kept", "rows_read", "examples")})
+    once = sum(member["examples"] / member["epochs"] for member in members if member.get("epochs"))
+    shares = {
+        field: {unit: sum(member[field][unit] for member in members) for unit in UNITS}
+        for field in ("planned_share", "realised_share")
+    }
+    return {**counts, **shares, "epochs": counts["examples"] / once if once else 0.0, "max_epochs": None, "editions": 1}
 
 
 def _epochs(source: Mapping[str, Any]) -> str:
