@@ -1,13 +1,18 @@
 """The same stages on Ray's own local runner: the same list of findings as in one process."""
 
 import importlib.util
+import json
+import re
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
 from itjax.data import engine, stages
 from itjax.data.sources import BadRow
 from tests.data.test_stages import all_stages, corpus
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def needs_ray(test):
@@ -46,6 +51,25 @@ def test_rows_that_cannot_be_read_are_counted_or_an_error():
     assert unreadable == {"no answer": 1}
     with pytest.raises(ValueError, match=r"rows.jsonl:8: the answer is missing; .* `unreadable`"):
         engine.run(asked, some, shards=2)
+
+
+@needs_ray
+def test_the_snippet_of_the_page_runs(tmp_path, monkeypatch):
+    page = (ROOT / "docs" / "audit_at_scale.md").read_text()
+    (snippet,) = re.findall(r"```python\n(.*?)```", page, flags=re.S)
+    for name, number in (("data", 60), ("evals", 5)):
+        (tmp_path / name).mkdir()
+        rows = [{"prompt": f"{name} {row % 50} asks", "completion": "so"} for row in range(number)]
+        (tmp_path / name / "rows.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))  # workers have itjax installed
+    monkeypatch.chdir(tmp_path)
+    one_process, cluster = snippet.replace("workers=4", "workers=1").split("findings = engine.run")
+    there: dict = {}
+    exec(one_process, there)
+    found = there["findings"]
+    exec(f"findings = engine.run{cluster}", there)
+    assert there["findings"] == found
+    assert len(found) == 20  # ten repeats, by both stages
 
 
 class OneIsBroken:
