@@ -40,6 +40,7 @@ SHARD = re.compile(r"-\d{5}-of-\d{5}$")
 DRIVERS = {"gs": "gcsfs", "gcs": "gcsfs", "s3": "s3fs", "s3a": "s3fs", "http": "aiohttp", "https": "aiohttp"}
 DRIVERS |= {"az": "adlfs", "abfs": "adlfs", "hf": "huggingface_hub"}
 BUILDING = ".building"
+CACHE_ADVICE = "set cache_dir or XDG_CACHE_HOME to a folder with room that you may write to"
 
 
 # ---------------------------------------------------------------------------------------------- which files
@@ -91,7 +92,7 @@ def _near(pattern: str) -> Iterator[str]:
 def _far(pattern: str) -> Iterator[str]:
     system, path = _system(pattern)
     with _told(pattern):
-        if any(character in path for character in "*?["):
+        if any(character in path for character in ("*[" if pattern.startswith("http") else "*?[")):
             found = [place for place in sorted(system.glob(path)) if system.isfile(place)]
         elif system.isdir(path):
             found = [file for file in sorted(system.find(path)) if _is_of_rows(_below(file, path))]
@@ -233,8 +234,7 @@ def keep(cache_dir: Path, path: str, facts: str, *, how: str, build: Callable[[P
 
     Whoever starts at the same time waits and finds it built.
     """
-    shelf = _private(cache_dir) / "files"
-    shelf.mkdir(mode=0o700, exist_ok=True)
+    shelf = _private(_private(cache_dir) / "files")
     label = re.sub(r"[^\w.-]", "_", path.rpartition("/")[2])[-60:]
     family = f"{label}-{_short(path, how)}"
     place = shelf / f"{family}-{_short(facts)}"
@@ -253,7 +253,7 @@ def _private(folder: Path) -> Path:
         folder.parent.mkdir(parents=True, exist_ok=True)
         folder.mkdir(mode=0o700, exist_ok=True)
     except OSError as error:
-        raise ValueError(f"{folder}: cannot be made ({error.strerror}); set cache_dir or XDG_CACHE_HOME") from None
+        raise ValueError(f"{folder}: cannot be made ({error.strerror}); {CACHE_ADVICE}") from None
     return folder
 
 
@@ -264,7 +264,10 @@ def _short(*texts: str) -> str:
 @contextlib.contextmanager
 def _alone(path: Path) -> Iterator[None]:
     """Nobody else on this machine is in here; a lock ends with its process."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise ValueError(f"{path.parent}: cannot be written ({error.strerror}); {CACHE_ADVICE}") from None
     try:
         with contextlib.suppress(OSError):  # file systems without locks: two may build, one rename wins
             fcntl.flock(descriptor, fcntl.LOCK_EX)
@@ -285,7 +288,7 @@ def _build(shelf: Path, place: Path, build: Callable[[Path], None]) -> None:
             if not place.exists():
                 raise
     except OSError as error:
-        raise ValueError(f"{shelf}: {place.name} cannot be made ({error}); set cache_dir or XDG_CACHE_HOME") from None
+        raise ValueError(f"{shelf}: {place.name} cannot be made ({error}); {CACHE_ADVICE}") from None
     finally:
         shutil.rmtree(building, ignore_errors=True)
 

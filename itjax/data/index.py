@@ -21,6 +21,7 @@ from itjax.data.strict_json import RowError
 
 VERSION = 1  # of the index and of how rows are found; a new number makes all of them anew
 SMALL = 4 << 20  # bytes of a file that is indexed in memory
+LOOKED_AT = 10  # rows of which one has to be a tree for all to be
 TREES_AT_ONCE = 256  # rows that are parsed to count their conversations
 SUMMARY, PLACES, CONTENT, FAR_COPY = "summary.json", "places", "content", "copy"
 
@@ -100,7 +101,7 @@ def _build(original: Bytes, reading: Reading, folder: Path) -> None:
     digest = _digest(data)
     kind, facts = layouts.look(data, columns=reading.columns.values(), longest=reading.longest)
     if kind == layouts.Parquet.kind:
-        facts = {"rows": layouts.unpack_parquet(data, folder / "arrow")}
+        facts = layouts.unpack_parquet(data, folder / "arrow")
         (folder / "arrow").rename(folder / CONTENT)
         data = Bytes(str(folder / CONTENT), original.origin, original.seen)
     layout = layouts.LAYOUTS[kind](data, facts, longest=reading.longest)
@@ -171,7 +172,7 @@ def _places(layout: Layout, reading: Reading, counts: _Counts) -> Iterator[np.nd
     are_trees = reading.shape == "oasst"
     for number, block in enumerate(layout.places()):
         if number == 0 and len(block) and reading.shape == "auto" and "prompt" not in reading.columns:
-            are_trees = shapes.is_tree(_row(layout, Place(*block[0].item())))
+            are_trees = any(shapes.is_tree(_row(layout, Place(*place))) for place in block[:LOOKED_AT].tolist())
         if not are_trees:
             yield block
             continue

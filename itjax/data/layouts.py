@@ -36,7 +36,8 @@ LONGEST_SIZE = (1 << 32) - 1
 BOM = b"\xef\xbb\xbf"
 PARQUET, ARROW_RECORDS = b"PAR1", bytes.fromhex("83af70d10d884a3f")
 RECORDS = 1 << 14  # of a table whose places are told at a time
-ARROW_BATCH = 1024  # rows; a row is found in a file of such batches without unpacking its neighbours
+ARROW_BATCH = 1024  # rows at most; a row is found in a file of such batches without unpacking its neighbours
+ARROW_BYTES = 16 << 20  # of a batch, about
 DEFINITION = re.compile(rb'"Definition"\s*:')  # opens a Natural-Instructions task that is one JSON object
 NAME = re.compile(r"[^\W\d][\w .:/()#?%-]{0,39}")  # a cell that may be the name of a column
 SAMPLE = 100  # records that are looked at to understand a table
@@ -420,8 +421,8 @@ class Parquet(Layout):
         fetched: list[Any] = []
         while len(fetched) < len(rows):
             begin = rows[len(fetched)]
-            batch, row = divmod(begin, ARROW_BATCH)
-            following = zip(rows[len(fetched) :], range(begin, (batch + 1) * ARROW_BATCH), strict=False)
+            batch, row = divmod(begin, self.facts["batch"])
+            following = zip(rows[len(fetched) :], range(begin, (batch + 1) * self.facts["batch"]), strict=False)
             count = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], following))
             fetched += table.get_batch(batch).slice(row, count).to_pylist()
         return fetched
@@ -438,19 +439,25 @@ def _arrow(path: str) -> Any:
     return pa.ipc.open_file(pa.memory_map(path))
 
 
-def unpack_parquet(data: Bytes, target: Path) -> int:
-    """Writes the rows of a Parquet file as Arrow batches of one size; returns how many rows there are."""
+def unpack_parquet(data: Bytes, target: Path) -> dict[str, int]:
+    """Writes the rows of a Parquet file as Arrow batches of one size; returns how many rows there are, and in a batch."""
     rows = 0
     try:
         with pq.ParquetFile(data.path) as file, create(target) as sink, contextlib.ExitStack() as stack:
-            writer = None
-            for table in _equal_tables(map(_plain, file.iter_batches(ARROW_BATCH))):
+            size, writer = _batch_size(file.metadata), None
+            for table in _equal_tables(map(_plain, file.iter_batches(size)), size):
                 writer = writer or stack.enter_context(pa.ipc.new_file(sink, table.schema))
                 writer.write_batch(table.to_batches()[0])
                 rows += table.num_rows
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{data.origin}: not a whole Parquet file ({_first_line(error)}); write it again") from None
-    return rows
+    return {"rows": rows, "batch": size}
+
+
+def _batch_size(metadata: pq.FileMetaData) -> int:
+    """Rows that take about ARROW_BYTES: long rows come in small batches."""
+    size = sum(metadata.row_group(number).total_byte_size for number in range(metadata.num_row_groups))
+    return max(1, min(ARROW_BATCH, ARROW_BYTES * metadata.num_rows // max(size, 1)))
 
 
 def _plain(batch: pa.RecordBatch) -> pa.Table:
@@ -463,14 +470,14 @@ def _plain(batch: pa.RecordBatch) -> pa.Table:
     return table
 
 
-def _equal_tables(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
-    """The same rows ARROW_BATCH at a time, whatever the groups of the file."""
+def _equal_tables(tables: Iterable[pa.Table], size: int) -> Iterator[pa.Table]:
+    """The same rows, `size` at a time, whatever the groups of the file."""
     waiting: pa.Table | None = None
     for table in tables:
         waiting = table if waiting is None else pa.concat_tables([waiting, table])
-        while waiting.num_rows >= ARROW_BATCH:
-            yield waiting.slice(0, ARROW_BATCH).combine_chunks()
-            waiting = waiting.slice(ARROW_BATCH)
+        while waiting.num_rows >= size:
+            yield waiting.slice(0, size).combine_chunks()
+            waiting = waiting.slice(size)
     if waiting is not None and waiting.num_rows:
         yield waiting.combine_chunks()
 

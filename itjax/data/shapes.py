@@ -381,6 +381,8 @@ def _path(row: Row, number: int) -> tuple[tuple[Message, ...], dict[str, str]]:
     found = [nodes for nodes in _paths(row) if _ends_here(nodes[-1])] if is_tree(row) else []
     if not found:
         raise RowError("there is no assistant turn in the tree; each row needs an answer", "no assistant turn")
+    if number == 0 and len(found) > 1:
+        raise RowError("a tree among rows that are none; name its shape: 'oasst'", "a tree among other rows")
     nodes = found[max(number, 1) - 1]
     messages = tuple(_numbered(nodes, "message", _oasst_turn))
     last = nodes[-1]

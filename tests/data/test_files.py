@@ -191,6 +191,12 @@ def test_who_starts_at_the_same_time_unpacks_once(tmp_path, monkeypatch):
     assert len(unpacked) == 1
 
 
+def test_a_cache_that_cannot_be_written_is_told(tmp_path):
+    path = write(tmp_path / "a.jsonl.gz", gzip.compress(LINE))
+    with pytest.raises(ValueError, match=rf"^{path}: cannot be made .* set cache_dir or XDG_CACHE_HOME"):
+        open_files(str(path), cache_dir=path)
+
+
 def test_a_build_that_was_killed_is_cleared_away(tmp_path):
     left = tmp_path / "files" / f"{files.BUILDING}-{files.socket.gethostname()}-999999999-x"
     write(left / "content")

@@ -206,6 +206,15 @@ def test_parquet_rows_are_addressed_by_number_whatever_the_groups(tmp_path, monk
     assert [c.messages[0].content for c in open_one(path).conversations([22, 0, 7])] == ["q22", "q0", "q7"]
 
 
+def test_long_rows_of_parquet_come_in_small_batches(tmp_path, monkeypatch):
+    monkeypatch.setattr(layouts, "ARROW_BYTES", 10_000)
+    expected = [{"prompt": "".join(chr(97 + (n * k) % 26) for k in range(3000)), "completion": ""} for n in range(9)]
+    pq.write_table(pa.Table.from_pylist(expected), tmp_path / "a.parquet", use_dictionary=False)
+    source = open_one(tmp_path / "a.parquet")
+    assert source.rows(range(9)) == expected
+    assert source._files[0].layout.facts["batch"] in (2, 3)
+
+
 def test_parquet_holds_messages(tmp_path):
     row = {"messages": [{"role": "user", "content": "hi", "name": None}, {"role": "assistant", "content": "ho"}]}
     path = tmp_path / "a.bin"  # known by its first bytes

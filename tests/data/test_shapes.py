@@ -182,6 +182,10 @@ def test_a_tree_that_nobody_answered_is_told():
     assert complaint(tree)[1] == "no assistant turn"
 
 
+def test_a_tree_among_other_rows_is_not_cut_to_one_path():
+    assert complaint(TREE) == ("a tree among rows that are none; name its shape: 'oasst'", "a tree among other rows")
+
+
 def test_a_path_of_a_tree_has_fields_for_templates():
     fields = shapes.path_fields(TREE, 2)
     assert fields["messages"] == [{"role": "user", "content": "q"}, {"role": "assistant", "content": "d"}]
