@@ -110,6 +110,15 @@ def test_a_row_meets_every_phrasing_before_it_meets_one_again():
         assert set(names[:3]) == set(names[3:6]) == {"sums/a", "sums/b", "sums/c"}
 
 
+def test_direct_phrasings_come_in_turn_although_inverted_ones_come_between():
+    source = phrased(questions(50), editions=12, inverted=0.5)
+    for row in range(50):
+        names = [source.conversation(edition * 50 + row).template for edition in range(12)]
+        direct = [name for name in names if name != "sums/turned"]
+        assert len(direct) == 6
+        assert set(direct[:3]) == set(direct[3:]) == {"sums/a", "sums/b", "sums/c"}
+
+
 def test_phrasings_are_spread_evenly():
     counts = Counter(made.template for made in all_of(phrased(questions(3000))))
     assert all(900 < count < 1100 for count in counts.values()), counts

@@ -71,7 +71,7 @@ def random_row(names, dataset, rng, number):
     """Something for every name that the file's templates know, of the type that the real data has."""
 
     def text():
-        return " ".join(rng.choices(WORDS, k=rng.randint(1, 6)))
+        return rng.choice(["", " "]) + " ".join(rng.choices(WORDS, k=rng.randint(1, 6))) + rng.choice(["", " \n"])
 
     row = {name: rng.randint(-1, NUMBERS[name] - 1) if name in NUMBERS else text() for name in names}
     labels = list("ABCDE")[: rng.randint(2, 5)]
@@ -213,6 +213,17 @@ def test_a_parting_sign_in_the_data_moves_no_choice():
     choices = {"answer_choices": "{{ one }} ||| {{ two }}", "jinja": "{{ a }} ||| {{ answer_choices[label] }}"}
     family = promptsource.parse(one_file(choices), name="made", place="made.yaml").family
     assert ours(family, family.templates[0], {"a": "q", "one": "x ||| y", "two": "z", "label": 1}) == ("q", "z")
+
+
+def test_what_is_drawn_once_is_the_same_wherever_it_stands_and_two_draws_are_two():
+    jinja = "{% set one = a | choice %}{{ one }} {{ one }} {{ a | choice }} ||| {{ b }}"
+    family = promptsource.parse(one_file({"jinja": jinja}), name="made", place="made.yaml").family
+    row = templates.read(family, {"a": ["x", "y"], "b": "z"}, columns={}, place="k")
+    drawn = [
+        templates.render(family, family.templates[0], row, lots=Lots(0, f"k{n}", 0), source="s", place="k").prompt
+        for n in range(100)
+    ]
+    assert set(drawn) == {"x x x", "x x y", "y y x", "y y y"}
 
 
 def test_a_condition_around_a_template_is_a_condition_on_rows():

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from itjax.data import templates
-from itjax.data.templates import Template, choose, fill
+from itjax.data import library, templates
+from itjax.data.templates import Lots, Template, choose, fill
 
 ASK = Template(name="ask", prompt="Note: {note}", answer='{{"label": "{label}"}}', system="You sort notes.")
 
@@ -96,3 +96,71 @@ def test_choices_are_the_same_in_every_process():
         for seed in ("0", "1", "77")
     }
     assert len(said) == 1
+
+
+# ---------------------------------------------------------------------------------------------- families
+
+
+FAMILY = library.parse(
+    """
+    kind = "weather"
+    [fields]
+    city = { about = "where" }
+    sky = { one_of = "skies" }
+    skies = { list = true, optional = true }
+    [[template]]
+    name = "plain"
+    prompt = "How is {city}?"
+    answer = "{sky}"
+    [[template]]
+    name = "listed"
+    prompt = "How is {city}? {skies_lines}"
+    answer = "{sky_mark}"
+    tags = ["held_out"]
+    """,
+    place="weather.toml",
+)
+
+
+def test_the_fields_of_a_pattern_are_told_in_order():
+    assert templates.names("{b} {{c}} {a} {b}") == ["b", "a", "b"]
+    with pytest.raises(ValueError, match="lone '}' at character 2"):
+        templates.names("a }")
+
+
+@pytest.mark.parametrize(
+    "path, value",
+    [("a", 1), ("b.c", 2), ("b.d.1", "y"), ("b.d.7", None), ("b.c.x", None), ("x.y", "dotted"), ("none", None)],
+)
+def test_a_column_is_found_by_name_or_by_path(path, value):
+    assert templates.column({"a": 1, "b": {"c": 2, "d": ["x", "y"]}, "x.y": "dotted"}, path) == value
+
+
+@pytest.mark.parametrize("phrasings, chosen", [("seen", ["plain"]), ("heldout", ["listed"]), ("listed", ["listed"])])
+def test_phrasings_are_chosen_by_split_or_by_name(phrasings, chosen):
+    assert [one.name for one in templates.selected(FAMILY, phrasings)] == chosen
+    assert [one.name for one in templates.selected(FAMILY, "all")] == ["plain", "listed"]
+
+
+def test_samples_fill_each_template_or_say_why_not():
+    row = {"city": "Bergen", "sky": "rain"}
+    plain, listed = templates.samples(FAMILY, row, columns={}, source="s", key="k", seed=0)
+    assert plain.conversation.messages[-1].content == "rain"
+    assert (listed.conversation, listed.reason) == (None, "the row has no skies")
+    plain, listed = templates.samples(FAMILY, row | {"skies": ["sun", "rain"]}, columns={}, source="s", key="k", seed=0)
+    assert listed.conversation.tags == {"template_split": "heldout", "kind": "weather"}
+    assert listed.conversation.messages[0].content.startswith("How is Bergen? ")
+
+
+def test_a_number_that_stands_for_nothing_is_refused():
+    (plain, _) = templates.samples(FAMILY, {"city": "Bergen", "sky": 1}, columns={}, source="s", key="k", seed=0)
+    assert "it is the number 1, and nothing says what it stands for; give 'skies'" in plain.reason
+
+
+def test_orders_are_permutations_and_shares_are_even():
+    orders = Counter(tuple(Lots(0, f"k{n}", 0).order(3, "x")) for n in range(3000))
+    assert len(orders) == 6
+    assert all(400 < count < 600 for count in orders.values())
+    shares = [Lots(0, f"k{n}", 0).share("x") for n in range(3000)]
+    assert 0 <= min(shares) < 0.01
+    assert 0.99 < max(shares) < 1
