@@ -34,7 +34,8 @@ class Source(Protocol):
 
     Example i has `lengths[i]` positions and one id more, `tokens[offsets[i]:offsets[i + 1]]`; it is shifted when read.
     `weights` is aligned to `tokens`: the weight of predicting that token. Where rows are there in several editions, one
-    behind the other, `edition_ends` has the number of examples up to the end of each; without it there is one.
+    behind the other, `edition_ends` has the number of examples up to the end of each; without it there is one. Then
+    `rows_fingerprint` is the fingerprint of rows and encoding however many editions there are; without it `fingerprint`.
     """
 
     @property
@@ -338,7 +339,8 @@ class Hashes:
         self._later: list[list[bytes]] = []
         for source in sources:
             first, *later = np.split(np.ascontiguousarray(source.lengths, "<i4"), editions(source)[:-1])
-            base.update(repr((source.name, source.fingerprint)).encode() + first.tobytes())
+            fingerprint = getattr(source, "rows_fingerprint", source.fingerprint)
+            base.update(repr((source.name, fingerprint)).encode() + first.tobytes())
             self._later.append([hashlib.blake2b(lengths.tobytes()).digest() for lengths in later])
         self._base = base
 

@@ -317,6 +317,7 @@ class Editions(Encoded):
 def phrased(name, *editions, first=100):
     source = encoded(name, np.concatenate(editions), first=first, kind=Editions)
     source.edition_ends = np.cumsum([len(edition) for edition in editions])
+    source.fingerprint, source.rows_fingerprint = f"of {len(editions)} editions", "of the rows"
     return source
 
 
@@ -354,6 +355,12 @@ def test_a_run_may_be_made_longer_with_further_editions(unit):
     wrapped = loaded([one], weights=found[0], length=32, epochs=3, window=4)
     assert positions(wrapped)[:6] == positions(long)[:6]
     assert not set(positions(wrapped)[6:]) & set(positions(long)[6:])  # it went on with the first phrasing
+
+
+def test_other_rows_are_another_plan():
+    sources = [phrased("mails", [30] * 20), phrased("mails", [30] * 20)]
+    sources[1].rows_fingerprint = "of other rows"
+    assert len({loaded([source], length=32).plan_hash for source in sources}) == 2
 
 
 def test_a_position_is_refused_where_an_edition_it_needed_has_changed():
