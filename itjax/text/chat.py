@@ -85,11 +85,17 @@ def prompt(
 
     `thinking` False asks formats that think for an answer without a thought; None is what the model's template does.
     """
-    if isinstance(fmt, ChatTemplate):
-        pieces = fmt.ask(messages, tools, thinking=thinking)
-    else:
-        pieces = writing.ask(messages, tools, fmt, thinking=thinking)
+    pieces = ask(messages, fmt, tools=tools, thinking=thinking)
     return [Segment(piece.text, 0.0, special=piece.special) for piece in pieces]
+
+
+def ask(
+    messages: Sequence[Message], fmt: Writes, *, tools: Sequence[Mapping[str, Any]], thinking: bool | None
+) -> list[Piece]:
+    """The pieces of a prompt."""
+    if isinstance(fmt, ChatTemplate):
+        return fmt.ask(messages, tools, thinking=thinking)
+    return writing.ask(messages, tools, fmt, thinking=thinking)
 
 
 def write(conversation: Conversation, fmt: Writes) -> list[Piece]:

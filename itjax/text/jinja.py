@@ -187,7 +187,7 @@ class ChatTemplate:
         answer = self._rendered(messages, tools)
         if not answer.text.startswith(prompt):
             raise CannotWrite(
-                f"{self.place}: the prompt of turn {turn} is not how the turn begins: {_difference(prompt, answer.text)}",
+                f"{self.place}: the prompt of turn {turn} is not how the turn begins: {difference(prompt, answer.text)}",
                 "prompt of a turn is not its beginning",
             )
         ends = [(a, b) for a, b in answer.controls if a >= len(prompt)]
@@ -403,7 +403,7 @@ def _as_json(text: str) -> str:
     return json.dumps(text, ensure_ascii=False)[1:-1]
 
 
-def _difference(ours: str, theirs: str) -> str:
+def difference(ours: str, theirs: str) -> str:
     """The first characters that differ."""
     pairs = enumerate(zip(ours, theirs, strict=False))
     at = next((n for n, (a, b) in pairs if a != b), min(len(ours), len(theirs)))

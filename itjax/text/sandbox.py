@@ -154,6 +154,9 @@ class _Environment(ImmutableSandboxedEnvironment):
 
     concat = staticmethod(lambda parts: _joined(list(parts)))
 
+    def unsafe_undefined(self, obj: Any, attribute: str) -> Any:
+        raise jinja2.exceptions.SecurityError(f"{attribute!r} of {type(obj).__name__}")
+
     @staticmethod
     def counted(items: Any) -> Any:
         """The items of a loop, paid for."""
