@@ -60,6 +60,11 @@ def text_of(conversation: Conversation, part: str) -> str:
     return f"{prompt}{BETWEEN}{rest}" if prompt or rest else ""
 
 
+def _check_part(part: str) -> None:
+    if part not in PARTS:
+        raise ValueError(f"duplicates of {part!r}: that is no part of an example; choose from {', '.join(PARTS)}")
+
+
 def _said(turn: Message) -> str:
     calls = (f"{call.name} {_in_json(call.arguments)}" for call in turn.tool_calls)
     return " ".join(filter(None, (turn.reasoning, turn.content, *calls)))
@@ -82,6 +87,9 @@ class ExactDuplicates:
 
     of: str  # "prompt", "response" or "both"
     name: str = "exact_duplicates"
+
+    def __post_init__(self) -> None:
+        _check_part(self.of)
 
     def marks(self, example: Example) -> list[Mark]:
         text = text_of(example.conversation, self.of)
@@ -113,6 +121,11 @@ class NearDuplicates:
     rows: int = 8
     words: int = 5  # in a shingle; a shorter text is one shingle
     name: str = "near_duplicates"
+
+    def __post_init__(self) -> None:
+        _check_part(self.of)
+        if not 0 < self.similarity <= 1 or not 0 < self.bands < 256 or self.rows < 1 or self.words < 1:
+            raise ValueError(f"{self}: similarity is above 0 and at most 1, bands 1 to 255, rows and words at least 1")
 
     def marks(self, example: Example) -> list[Mark]:
         turns, frame = _turns_and_frame(example.conversation, self.of)

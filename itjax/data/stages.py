@@ -25,6 +25,7 @@ from itjax.base.records import Conversation, Finding
 
 MEMORY = 256 << 20  # bytes of buckets in memory at one time
 CHUNK = 256  # examples that travel to a process together
+BUCKET = 16  # bytes
 ENTRY = np.dtype([("bucket_high", ">u8"), ("bucket_low", ">u8"), ("place", "<u8")])  # of a member in a bucket
 
 
@@ -222,6 +223,8 @@ class Buckets:
     def add(self, address: Address, marks: Iterable[Mark]) -> None:
         places: dict[bytes, bytes] = {}
         for bucket, content in marks:
+            if len(bucket) != BUCKET:
+                raise ValueError(f"audit: a stage's bucket has {len(bucket)} bytes; give {BUCKET} of a digest")
             if content not in places:
                 places[content] = self._write(address, content).to_bytes(8, "little")
             self._entries.write(bucket + places[content])

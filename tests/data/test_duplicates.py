@@ -133,6 +133,22 @@ def test_config_chooses_both_stages():
     assert (first.of, second.of, second.similarity, second.seed) == ("prompt", "prompt", 0.7, 3)
 
 
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: ExactDuplicates("answer"),
+        lambda: NearDuplicates("answer", 0.8),
+        lambda: NearDuplicates("both", 0.0),
+        lambda: NearDuplicates("both", 80),
+        lambda: NearDuplicates("both", 0.8, bands=256),
+        lambda: NearDuplicates("both", 0.8, rows=0),
+    ],
+)
+def test_settings_that_make_no_sense_are_errors(make):
+    with pytest.raises(ValueError, match=r"choose from prompt, response, both|at most 1"):
+        make()
+
+
 # ---------------------------------------------------------------------------------------------- MinHash
 
 

@@ -131,6 +131,11 @@ def test_groups_are_the_members_of_every_bucket_with_more_than_one(rows, memory)
     assert groups == sorted(members for members in expected.values() if len(members) > 1)
 
 
+def test_a_bucket_of_another_size_is_an_error():
+    with Buckets() as buckets, pytest.raises(ValueError, match="3 bytes; give 16"):
+        buckets.add(Address(0, "s:0", "s", "train"), [Mark(b"abc", b"")])
+
+
 def test_an_example_takes_few_bytes():
     """14 bands of 24 bytes, 4 for each of 96 shingles, its address."""
     rng, stage = np.random.default_rng(0), NearDuplicates("both", 0.8)
