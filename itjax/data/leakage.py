@@ -36,9 +36,9 @@ TOKENS = re.compile(r'[ ,.?!:;()"-]|\n|\\')
 SPREAD = np.uint64(0xD1342543DE82EF95)  # odd
 COVERS = "covers an evaluation item"
 IS_SHORT = "is a short evaluation item"
-Ask = Callable[[np.ndarray], Iterable[tuple[int, float]]]  # tokens of a turn -> items and their scores
 SHARES = f"shares {PHRASE} tokens with an evaluation item"
 MEANS = "means nearly the same as an evaluation item"
+Ask = Callable[[np.ndarray], Iterable[tuple[int, float]]]  # tokens of a turn -> items and their scores
 
 
 def tokens_of(text: str) -> list[str]:
@@ -202,14 +202,12 @@ class Leakage:
         sequences: list[np.ndarray] = []
         for item, (key, text) in enumerate(items):
             tokens_T = _hashed(tokens_of(text))
-            if not len(tokens_T):
-                raise ValueError(f"{key}: the evaluation item has no words; take it out of the leakage files")
-            if len(tokens_T) < COVERED:
+            if 0 < len(tokens_T) < COVERED:  # a text without words, "...", is leaked by nothing
                 self._short.setdefault(tokens_T.tobytes(), []).append(item)
             self._keys.append(key)
             sequences.append(tokens_T)
-        if not sequences:
-            raise ValueError("leakage: there are no evaluation items; name files with rows in audit.leakage_files")
+        if not any(map(len, sequences)):
+            raise ValueError("leakage: no evaluation item has words; name files with rows in audit.leakage_files")
         self._sizes_I = np.array([len(tokens_T) for tokens_T in sequences], np.int64)
         self._covered, self._phrases = Ngrams(sequences, COVERED), Ngrams(sequences, PHRASE)
 

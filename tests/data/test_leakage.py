@@ -199,9 +199,15 @@ def test_the_index_has_a_size_that_can_be_told():
     assert len(pickle.dumps(Leakage(items, coverage=0.5))) < 50 * 200 * 2 * 16 + 50 * 40 + 2000
 
 
-@pytest.mark.parametrize("items, message", [([], "no evaluation items"), ([("e:3", " .?")], "e:3: .* no words")])
-def test_nothing_to_look_for_is_an_error(items, message):
-    with pytest.raises(ValueError, match=message):
+def test_a_turn_without_words_leaks_nothing():
+    stage = Leakage([("e:0", "..."), ("e:1", "go on")], coverage=0.5)
+    assert stage.items == {"e": 2}
+    assert [stage.look(row(said)) != [] for said in ("...", "", "?!", "Go on!")] == [False, False, False, True]
+
+
+@pytest.mark.parametrize("items", [[], [("e:3", " .?")]])
+def test_nothing_to_look_for_is_an_error(items):
+    with pytest.raises(ValueError, match="no evaluation item has words"):
         Leakage(items, coverage=0.5)
 
 
