@@ -298,9 +298,10 @@ class Loader:
         num_full = int(np.count_nonzero(np.diff(planned.offsets)))
         asked = np.sum([stage.asked for stage in planned.stages], axis=0)
         shares, totals = self._shares(0, self.num_steps, asked)
+        begun = planned.reached[-1].tolist()
         passes = [
-            _passes(source, shares[source.name]["examples"], limit)
-            for source, limit in zip(batches.sources, recipe.limits, strict=True)
+            _passes(source, shares[source.name]["examples"], *more)
+            for source, *more in zip(batches.sources, recipe.limits, begun, strict=True)
         ]
         return {
             "unit": recipe.unit,
@@ -379,10 +380,13 @@ def _per_source(source: np.ndarray, values: np.ndarray, num: int) -> np.ndarray:
     return np.bincount(source, values, num).astype(np.int64)
 
 
-def _passes(source: Source, examples: int, limit: float | None) -> dict[str, Any]:
-    """How often the rows of a source are seen: epochs of its first edition, in how many editions, at most how often."""
+def _passes(source: Source, examples: int, limit: float | None, begun: int) -> dict[str, Any]:
+    """How often the rows of a source are seen: epochs of its first edition, at most how often, and in how many editions.
+
+    `epochs_begun` is the number of editions that the plan has use for, its last window to the end.
+    """
     ends = editions(source)
-    return {"epochs": examples / int(ends[0]), "editions": len(ends), "max_epochs": limit}
+    return {"epochs": examples / int(ends[0]), "epochs_begun": begun, "editions": len(ends), "max_epochs": limit}
 
 
 def _share(counts: np.ndarray, number: int) -> float:

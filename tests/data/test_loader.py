@@ -392,6 +392,7 @@ def test_the_report_counts_what_will_be_seen():
         "planned_share_tokens": 0.75,
         "planned_share_trained_tokens": 0.75,
         "epochs": 40 / 30,
+        "epochs_begun": 2,
         "editions": 1,
         "max_epochs": None,
     }

@@ -357,6 +357,22 @@ def test_a_run_may_be_made_longer_with_further_editions(unit):
     assert not set(positions(wrapped)[6:]) & set(positions(long)[6:])  # it went on with the first phrasing
 
 
+def test_a_plan_says_how_many_editions_it_has_use_for():
+    """With as many, a longer run with more goes on where it stands, whatever the sizes of the editions."""
+    sizes = (20, 18, 19, 20, 17)
+    for epochs in (0.3, 1, 1.5, 2, 2.9):
+        source = phrased("mails", [30] * 20)
+        while True:
+            short = loaded([source], length=32, rows=2, epochs=epochs, window=6)
+            needed = short.report()["sources"]["mails"]["epochs_begun"]
+            if needed <= len(source.edition_ends):
+                break
+            source = phrased("mails", *([30] * size for size in sizes[:needed]))
+        long = loaded([phrased("mails", *([30] * size for size in sizes))], length=32, rows=2, epochs=4, window=6)
+        short.set_state(long.get_state())
+        assert positions(short) == positions(long)[: short.num_steps + 1]
+
+
 def test_other_rows_are_another_plan():
     sources = [phrased("mails", [30] * 20), phrased("mails", [30] * 20)]
     sources[1].rows_fingerprint = "of other rows"
