@@ -4,7 +4,10 @@ import functools
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from itjax.base.records import DataPosition
 from itjax.base.schema import Mixture, Stage
 from itjax.data import mixture, pack, recipe, rows
 from itjax.data.recipe import Node
@@ -410,6 +413,76 @@ def test_editions_that_do_not_cover_the_examples_are_refused():
     source.edition_ends = np.array([1])
     with pytest.raises(ValueError, match=r"sources\.mails: editions end at \[1\], but it has 2 examples"):
         loaded([source])
+
+
+# --- any mixture ------------------------------------------------------------------------------------------------------
+
+
+@st.composite
+def runs(draw):
+    """Sources of one to three editions, weights that change up to three times, any unit, rows and windows of any size."""
+    num = draw(st.integers(1, 3))
+    lengths = st.lists(st.integers(1, 16), min_size=1, max_size=40)
+    sources = [
+        phrased(f"source {number}", *draw(st.lists(lengths, min_size=1, max_size=3)), first=1000 * number)
+        for number in range(num)
+    ]
+    weights = st.lists(st.sampled_from([0.0, 0.1, 1.0, 1.0, 7.3]), min_size=num, max_size=num).filter(any)
+    starts = draw(st.sets(st.integers(0, 12), max_size=3))
+    stages = {
+        str(start): Stage(start, dict(zip((source.name for source in sources), draw(weights), strict=True)))
+        for start in starts
+    }
+    found = made(sources, Mixture(unit=draw(st.sampled_from(["examples", "tokens", "trained_tokens"])), stages=stages))
+    shape = Shape(length=16, rows=draw(st.integers(1, 4)), window=draw(st.integers(1, 30)), seed=0,
+                  packing=draw(st.booleans()))  # fmt: skip
+    return sources, found, shape, draw(st.integers(1, 16)), draw(st.integers(0, 8))
+
+
+@given(run=runs())
+@settings(deadline=None, max_examples=120)
+def test_any_mixture_is_planned_whole(run):
+    sources, found, shape, steps, more = run
+    plan, longer = (rows.plan(sources, found, shape, steps=num, epochs=None) for num in (steps, steps + more))
+    for name in ("source", "index", "epoch"):
+        np.testing.assert_array_equal(getattr(plan, name), getattr(longer, name)[: plan.offsets[-1]])
+    np.testing.assert_array_equal(plan.offsets, longer.offsets[: steps * shape.rows + 1])
+    assert (np.diff(plan.offsets) > 0).all()
+    filled = np.add.reduceat(rows.per_example([source.lengths for source in sources], plan), plan.offsets[:-1])
+    assert filled.max() <= 16
+    for step in range(steps):
+        left_out = np.flatnonzero(found.shares(step) == 0)
+        assert not set(left_out) & set(examples_of(plan, step, step + 1, shape.rows).tolist())
+    for number, source in enumerate(sources):
+        epochs_hold_their_edition_once_at_most(source, longer, number)
+
+
+def epochs_hold_their_edition_once_at_most(source, plan, number):
+    """Nothing twice in an epoch, and nothing of another edition; that nothing is missing is said of staged runs above."""
+    at, begins = plan.source == number, [0, *source.edition_ends.tolist()]
+    epochs, indices = plan.epoch[at], plan.index[at]
+    assert len(set(zip(epochs.tolist(), indices.tolist(), strict=True))) == len(indices)
+    for epoch in range(epochs.max(initial=0) + 1):
+        edition = epoch % len(source.edition_ends)
+        expected = set(range(begins[edition], begins[edition + 1]))
+        assert set(indices[epochs == epoch].tolist()) <= expected
+
+
+def test_resuming_at_any_step_of_any_stage_goes_on_as_if_uninterrupted():
+    sources = mails_and_sums()
+    found = made(sources, staged((0, 3, 1), (3, 0, 1), (6, 1, 1), unit="tokens"))
+
+    def fresh(hosts=1, host=0):
+        return loaded(sources, weights=found, length=32, rows=8, steps=9, epochs=None, local_rows=range(host, 8, hosts))
+
+    whole = fresh()
+    for step in range(9):
+        again = [fresh(hosts=2, host=host) for host in range(2)]
+        for host, part in enumerate(again):
+            part.set_state(DataPosition(step, whole.plan_at(step)))
+            assert all(
+                same(batch, [array[host::2] for array in whole.batch(at)]) for at, batch in enumerate(part, step)
+            )
 
 
 # --- windows ----------------------------------------------------------------------------------------------------------
