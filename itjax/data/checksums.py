@@ -1,7 +1,7 @@
 """Numbers that carry their own proof: cards, accounts, wallets and national identity numbers, each with its check digits.
 
 Every function takes the number without spaces or hyphens, letters upper case where the number has letters, and says
-whether it is a number that could have been issued. A digit mistyped is found by all of them.
+whether it is a number that could have been issued.
 """
 
 import hashlib

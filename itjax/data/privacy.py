@@ -74,9 +74,7 @@ URL_LOGIN = re.compile(
 )
 URL = re.compile(r"(?<![A-Za-z])(?:https?|ftp)://[^\s<>\"'`{}|\\^]{1,2048}|(?<![\w@.])www\.[^\s<>\"'`{}|\\^]{1,2048}")
 IPV4 = re.compile(r"[0-9](?<![\w.].)(?<!\d[,-].)\d{0,2}(?:\.\d{1,3}){3}(?!\w)(?!\.\d)(?!-\d)")
-IPV6 = re.compile(
-    r"(?<![\w:.])(?:[0-9A-Fa-f]{1,4}:|:(?=:)){1,7}:?(?:[0-9A-Fa-f]{1,4}|(?<=:)\d{1,3}(?:\.\d{1,3}){3})?(?!\w)(?!:[\w:])"
-)
+IPV6 = re.compile(r"(?<![\w:.])[0-9A-Fa-f]{0,4}+:[0-9A-Fa-f:]{1,39}+(?:\.\d{1,3}){0,3}(?![\w:])")
 MAC = re.compile(r"(?<![\w:-])[0-9A-Fa-f]{2}([:-])(?:[0-9A-Fa-f]{2}\1){4}[0-9A-Fa-f]{2}(?![\w:-])")
 VERSION_WORDS = _labels(r"v|ver|versions?|release[sd]?|build|firmware|section|§")
 
@@ -99,9 +97,17 @@ def _is_ipv4(match: re.Match[str]) -> bool:
     return not is_nobody and not VERSION_WORDS.search(match.string, max(0, match.start() - 12), match.start())
 
 
-def _is_ipv6(match: re.Match[str]) -> bool:
+def _ipv6s(text: str) -> Iterator[Span]:
+    """Addresses, without the colon of the sentence that may follow."""
+    for match in IPV6.finditer(text):
+        start, stop = match.span()
+        stop -= match.group().endswith(":") and not match.group().endswith("::")
+        if _is_ipv6(text[start:stop]):
+            yield Span(start, stop, "ip")
+
+
+def _is_ipv6(text: str) -> bool:
     """An address of a network; `Face::add` of a program is none."""
-    text = match.group()
     try:
         address = ipaddress.IPv6Address(text)
     except ValueError:
@@ -480,7 +486,7 @@ DETECTORS = (
     Detector("national id", TOKEN, _in_long_words(_identities(LETTERED))),
     Detector("ip", DOTS, _matches("ip", IPV4, _is_ipv4)),
     Detector("mac", TOKEN, _in_long_words(_matches("mac", MAC, _is_mac))),
-    Detector("ip", COLON, _matches("ip", IPV6, _is_ipv6)),
+    Detector("ip", COLON, _ipv6s),
     Detector("document", NUMBERS, _matches("document", DOCUMENT, _is_document, "number")),
     Detector("birth date", BIRTHS, _matches("birth date", BIRTH, group="date")),
     Detector("secret", LABEL, _assigned),
