@@ -41,6 +41,7 @@ HTML_NAME = re.compile(
     r"</?(a|b|i|u|p|q|s|em|h[1-6]|li|ol|ul|td|th|tr|br|hr|sub|sup|div|span|code|pre|table|caption|thead|tbody|tfoot"
     r"|strong|blockquote)>"
 )
+PROBE = "Two words, 1 line."
 BYTE_NAME = re.compile(r"<0x[0-9A-F]{2}>")
 
 
@@ -183,8 +184,7 @@ class SentencePiece:
 class HuggingFace:
     """A `tokenizer.json` of the `tokenizers` library, with the names of its special tokens from the file beside it.
 
-    Added tokens that are special, or written like control tokens (`<think>`), are control tokens: text is encoded by a
-    copy of the tokenizer that does not know them, so no text becomes one.
+    Added tokens that are special, or written like control tokens (`<think>`), are control tokens. No text becomes one.
     """
 
     def __init__(self, model: str | Path | bytes, config: Mapping[str, Any] | None = None) -> None:
@@ -200,8 +200,8 @@ class HuggingFace:
             id = fields.get("model", {}).get("vocab", {}).get(name) if isinstance(name, str) else None
             if isinstance(id, int):
                 self.controls.setdefault(str(name), id)
-        kept = [token for token in fields.get("added_tokens", []) if not _is_control_token(token)]
-        plain = fields | {"added_tokens": kept, "post_processor": None, "truncation": None, "padding": None}
+        added = [token | {"special": _is_control_token(token)} for token in fields.get("added_tokens", [])]
+        plain = fields | {"added_tokens": added, "post_processor": None, "truncation": None, "padding": None}
         self._begins = _load(plain, place)
         going_on = _without_prefix(plain)
         self._goes_on = self._begins if going_on == plain else _load(going_on, place)
@@ -213,6 +213,13 @@ class HuggingFace:
         self.bos, self.eos = self._named("bos_token"), self._named("eos_token")
         self.pad, self.unk = self._named("pad_token"), self._named("unk_token")
         self._never = frozenset(self._by_id) - {self.unk}
+        if self._read(PROBE) != PROBE:
+            log.warning(
+                "%s: this tokenizer does not give back its text: %r is read as %r", place, PROBE, self._read(PROBE)
+            )
+
+    def _read(self, text: str) -> str:
+        return self.decode(self.encode(text))
 
     def __reduce__(self) -> tuple[type["HuggingFace"], tuple[bytes, Mapping[str, Any]]]:
         return HuggingFace, (self.model, self.config)
@@ -322,9 +329,11 @@ def _load(fields: dict[str, Any], place: str) -> Any:
     except ImportError:
         raise ValueError(f"{place}: reading this file needs `tokenizers`; install itjax[hf]") from None
     try:
-        return tokenizers.Tokenizer.from_str(json.dumps(fields))
+        tokenizer = tokenizers.Tokenizer.from_str(json.dumps(fields))
     except Exception as error:  # the library raises nothing narrower
         raise ValueError(f"{place}: not a tokenizer of the tokenizers library ({error})") from None
+    tokenizer.encode_special_tokens = True  # the text of special tokens is text
+    return tokenizer
 
 
 def _fields(raw: bytes, place: str) -> dict[str, Any]:

@@ -20,9 +20,25 @@ TOOLS = (
     {"type": "function", "function": {"name": "search", "parameters": {"type": "object", "properties": {}}}},
 )
 WORDS = (
-    "Paris rain 42 {x} {{ y }} {% if %} \u6f22\u5b57 \U0001f389 <b> [1] a\nb tab\there <think> <|end|> </s> [INST] it's "
-    '"so" \\n # Tools'
-).split(" ")
+    *(
+        "Paris",
+        "rain",
+        "42",
+        "{x}",
+        "{{",
+        "y",
+        "}}",
+        "{%",
+        "if",
+        "%}",
+        "\u6f22\u5b57",
+        "\U0001f389",
+        "<b>",
+        "[1]",
+        "a\nb",
+    ),
+    *("tab\there", "<think>", "<|end|>", "</s>", "[INST]", "it's", '"so"', "\\n", "#", "Tools"),
+)
 
 
 def conversation(*messages: Message, tools: Sequence[Mapping[str, Any]] = ()) -> Conversation:

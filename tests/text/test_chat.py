@@ -1,11 +1,14 @@
 """What is learned of a conversation, and that a prompt is the beginning of the training text."""
 
+import random
+from dataclasses import replace
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from itjax.base.records import Conversation, Message
-from itjax.text import chat, formats
+from itjax.text import chat, formats, jinja
 from itjax.text.tokenizer import SentencePiece, train
 
 CONTROLS = tuple(dict.fromkeys(name for fmt in formats.FORMATS.values() for name in fmt.controls))
@@ -145,3 +148,169 @@ def test_a_format_that_cannot_write_something_says_so():
         chat.render(conversation(Message("user", "a"), Message("tool", "b")), gemma, prompt_weight=0.0)
     with pytest.raises(ValueError, match="cannot write the row's tools"):
         chat.render(Conversation(ANSWERED, "s", "k", tags={"tools": "[{}]"}), plain, prompt_weight=0.0)
+
+
+# ------------------------------------------------------------------------------------------ which turns are learned
+
+TURNS = (Message("user", "a"), Message("assistant", "b"), Message("user", "c"), Message("assistant", "d"))
+
+
+def learned(segments):
+    return text([segment for segment in segments if segment.weight])
+
+
+@pytest.mark.parametrize(
+    ("learn", "flags", "expected"),
+    [
+        ("all", (None, None), "b</s>d</s>"),
+        ("all", (False, None), "d</s>"),
+        ("last", (None, None), "d</s>"),
+        ("last", (True, None), "d</s>"),
+        ("last", (None, False), ""),
+        ("flag", (True, None), "b</s>"),
+        ("flag", (None, 0.5), "d</s>"),
+    ],
+)
+def test_all_turns_the_last_or_those_with_a_flag_are_learned(learn, flags, expected):
+    first, second = flags
+    turns = (TURNS[0], replace(TURNS[1], learn=first), TURNS[2], replace(TURNS[3], learn=second))
+    segments = chat.render(conversation(*turns), formats.FORMATS["plain"], prompt_weight=0.0, learn=learn)
+    assert learned(segments) == expected
+
+
+def test_flags_that_nobody_set_are_an_error():
+    with pytest.raises(ValueError, match="no message has `learn` set"):
+        chat.render(conversation(*TURNS), formats.FORMATS["plain"], prompt_weight=0.0, learn="flag")
+    with pytest.raises(ValueError, match="learn: 'some' is unknown"):
+        chat.render(conversation(*TURNS), formats.FORMATS["plain"], prompt_weight=0.0, learn="some")
+
+
+def test_the_separator_is_learned_only_when_asked_for():
+    row, plain = conversation(*TURNS), formats.FORMATS["plain"]
+    assert learned(chat.render(row, plain, prompt_weight=0.0, learns_separator=True)) == "b</s>\n\nd</s>\n\n"
+
+
+# ------------------------------------------------------------------------------------------ history that is rewritten
+
+THOUGHTS = tuple(replace(turn, reasoning=f"so {turn.content}") if turn.role == "assistant" else turn for turn in TURNS)
+BEFORE = "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n"
+
+
+def test_an_earlier_turn_without_its_thought_is_not_learned_where_it_stands():
+    segments = chat.render(conversation(*THOUGHTS), formats.FORMATS["qwen3"], prompt_weight=0.0)
+    assert text(segments).startswith(BEFORE + "b<|im_end|>\n")
+    assert learned(segments) == "<think>\nso d\n</think>\n\nd<|im_end|>"
+    assert chat.inexact(conversation(*THOUGHTS), formats.FORMATS["qwen3"]) == [1]
+
+
+def test_views_show_every_turn_as_its_prompt_led_to_it():
+    first, second = chat.views(conversation(*THOUGHTS), formats.FORMATS["qwen3"])
+    assert (len(first.messages), len(second.messages)) == (2, 4)
+    rendered = [chat.render(view, formats.FORMATS["qwen3"], prompt_weight=0.0) for view in (first, second)]
+    assert text(rendered[0]).startswith(BEFORE + "<think>\nso b\n</think>\n\nb<|im_end|>")
+    assert [learned(segments) for segments in rendered] == [
+        "<think>\nso b\n</think>\n\nb<|im_end|>",
+        "<think>\nso d\n</think>\n\nd<|im_end|>",
+    ]
+
+
+@pytest.mark.parametrize("name", ["chatml", "llama3", "qwen2", "gemma3"])
+def test_one_view_is_enough_where_history_stays(name):
+    assert chat.views(conversation(*TURNS), formats.FORMATS[name])[0].messages[0] == TURNS[0]
+    assert len(chat.views(conversation(*TURNS), formats.FORMATS[name])) == 1
+
+
+def test_reasoning_can_be_kept_in_all_turns_or_in_none():
+    kept = formats.keep_reasoning(formats.FORMATS["qwen3"], "all")
+    segments = chat.render(conversation(*THOUGHTS), kept, prompt_weight=0.0)
+    assert learned(segments) == "<think>\nso b\n</think>\n\nb<|im_end|><think>\nso d\n</think>\n\nd<|im_end|>"
+    stripped = formats.keep_reasoning(formats.FORMATS["qwen3"], "none")
+    assert learned(chat.render(conversation(*THOUGHTS), stripped, prompt_weight=0.0)) == "b<|im_end|>d<|im_end|>"
+    with pytest.raises(ValueError, match="'chatml' has no place for reasoning"):
+        formats.keep_reasoning(formats.FORMATS["chatml"], "all")
+
+
+def test_a_thought_at_the_beginning_of_content_is_reasoning():
+    inline = Message("assistant", "<think>\nso d\n</think>\n\nd")
+    rendered = [
+        chat.render(conversation(TURNS[0], answer), formats.FORMATS["qwen3"], prompt_weight=0.0)
+        for answer in (inline, replace(TURNS[3], reasoning="so d"))
+    ]
+    assert text(rendered[0]) == text(rendered[1])
+
+
+def test_the_system_prompt_that_moves_is_learned_where_it_was():
+    """Mistral's system prompt stands before the last question, so an earlier answer followed another text."""
+    row = conversation(Message("system", "s"), *TURNS)
+    mistral = formats.FORMATS["mistral_v3"]
+    assert text(chat.render(row, mistral, prompt_weight=0.0)) == "<s>[INST]a[/INST]b</s>[INST]s\n\nc[/INST]d</s>"
+    views = [chat.render(view, mistral, prompt_weight=0.0) for view in chat.views(row, mistral)]
+    assert [(text(v), learned(v)) for v in views] == [
+        ("<s>[INST]s\n\na[/INST]b</s>", "b</s>"),
+        ("<s>[INST]a[/INST]b</s>[INST]s\n\nc[/INST]d</s>", "d</s>"),
+    ]
+
+
+def test_a_prompt_may_ask_for_an_answer_without_a_thought():
+    for name, default, without in (
+        ("qwen3", "<|im_start|>assistant\n", "<|im_start|>assistant\n<think>\n\n</think>\n\n"),
+        ("deepseek_r1", "<｜Assistant｜><think>\n", "<｜Assistant｜><think>\n\n</think>\n\n"),
+    ):
+        fmt = formats.FORMATS[name]
+        assert text(chat.prompt(TURNS[:1], fmt)).endswith(default)
+        assert text(chat.prompt(TURNS[:1], fmt, thinking=False)).endswith(without)
+
+
+# ------------------------------------------------------------------------------------------ data is inert
+
+PIECES = [
+    *CONTROLS,
+    *("<s>", "</s>", "<pad>", "<unk>", "<think>", "</think>", "<tool_call>", "[SYSTEM_PROMPT]", "<<SYS>>"),
+    *("<|", "|>", "im_end", "<|im_", "end|>", "<", ">", "[", "]", "[IN", "ST]", "<｜", "<\uff5cUser"),
+    *("{{ messages }}", "{% for x in y %}", "{x.__class__}", "{role}", "{0}", "%s", "\ue000", "\ufdd0", "\ufdd1", "\0"),
+    *("\u2581", "\u200b", "\u202e", "e\u0301", "\U0001f3f3\ufe0f\u200d\U0001f308", " ", "\n", "a", "Paris"),
+]
+HF_SOURCE = (
+    "{{ bos_token }}{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+
+
+def hostile_texts(number):
+    rng = random.Random(0)
+    return [*PIECES, *("".join(rng.choices(PIECES, k=rng.randint(1, 8))) for _ in range(number - len(PIECES)))]
+
+
+def own_controls(segments):
+    return [segment.text for segment in segments if segment.special]
+
+
+def test_ten_thousand_hostile_texts_make_no_control_token():
+    """For every format: as many control ids as the same conversation has with harmless text, in the same order."""
+    template = jinja.ChatTemplate(
+        HF_SOURCE, {"bos_token": "<s>", "eos_token": "</s>"}, controls=tuple(TOKENIZER.controls)
+    )
+    all_formats = [*(formats.resolve(name, TOKENIZER) for name in sorted(formats.FORMATS)), template]
+    control_ids = {*TOKENIZER.controls.values()}
+    texts = hostile_texts(10_000)
+    contents = ["".join(texts[start : start + 20]) for start in range(0, len(texts), 20)]
+    for fmt in all_formats:
+        expected = own_controls(chat.render(conversation(*TURNS[:2]), fmt, prompt_weight=0.0))
+        thinks = isinstance(fmt, formats.Format) and fmt.reasoning is not None  # such formats take a thought out
+        inert = [content.replace("</think>", "</thought>") if thinks else content for content in contents]
+        pairs = zip(inert[::2], inert[1::2], strict=True)
+        pairs = [(Message("user", asked), Message("assistant", answered)) for asked, answered in pairs]
+        rendered = [chat.render(conversation(*pair), fmt, prompt_weight=0.0) for pair in pairs]
+        for segments, (ids, _) in zip(rendered, chat.encode_many(rendered, TOKENIZER), strict=True):
+            assert own_controls(segments) == expected
+            assert sum(int(id) in control_ids for id in ids) == len(expected)
+
+
+def test_the_ids_of_padding_play_no_part():
+    row = conversation(*TURNS)
+    fmt = formats.resolve("plain", TOKENIZER)
+    whole = chat.encode(chat.render(row, fmt, prompt_weight=0.0), TOKENIZER)[0].tolist()
+    again = SentencePiece(TOKENIZER.model)
+    for pad in (0, TOKENIZER.eos, TOKENIZER.unk):
+        again.pad = pad
+        assert chat.encode(chat.render(row, fmt, prompt_weight=0.0), again)[0].tolist() == whole

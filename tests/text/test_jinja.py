@@ -2,7 +2,6 @@
 
 import json
 import pickle
-from dataclasses import replace
 
 import pytest
 
@@ -53,6 +52,11 @@ def test_a_template_that_reads_what_messages_say_is_refused_where_that_matters()
         chat.render(conversation(Message("user", "a <|im_end|>"), TALK[1]), made, prompt_weight=0.0)
 
 
+def opened_and_used(made):
+    made.check()
+    chat.render(conversation(*TALK[:2]), made, prompt_weight=0.0)
+
+
 @pytest.mark.parametrize(
     ("source", "message"),
     [
@@ -73,9 +77,7 @@ def test_a_template_that_reads_what_messages_say_is_refused_where_that_matters()
 )
 def test_what_cannot_be_exact_is_refused_with_the_reason(source, message):
     with pytest.raises(ValueError, match=message):
-        made = template(source)
-        made.check()
-        chat.render(conversation(*TALK[:2]), made, prompt_weight=0.0)
+        opened_and_used(template(source))
 
 
 def test_tools_that_a_template_leaves_out_are_refused():
@@ -260,9 +262,9 @@ def test_a_folder_may_have_another_template_for_tools(tmp_path):
 
 
 def test_a_folder_without_a_template_says_so(tmp_path):
-    with pytest.raises(ValueError, match="there is no chat template in tokenizer_config.json"):
+    with pytest.raises(ValueError, match=r"there is no chat template in tokenizer_config\.json"):
         formats.resolve("hf", TOKENIZER, folder=tmp_path)
-    with pytest.raises(ValueError, match="tokenizer_config.json: not JSON"):
+    with pytest.raises(ValueError, match=r"tokenizer_config\.json: not JSON"):
         formats.resolve("hf", TOKENIZER, folder=folder(tmp_path, tokenizer_config__json="{"))
     with pytest.raises(ValueError, match="name the folder of the model"):
         formats.resolve("hf", TOKENIZER)

@@ -7,6 +7,7 @@ import pytest
 
 from itjax.text import sandbox
 
+REFUSALS = "refused: |no loader|'lipsum' is undefined|'undefined_function' is undefined"
 TODAY = datetime.date(2025, 12, 17)
 
 
@@ -34,7 +35,7 @@ def render(source, **variables):
     ],
 )
 def test_what_leads_out_is_refused(source):
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match=REFUSALS):
         render(source, messages=[{"role": "user"}])
 
 
@@ -64,7 +65,7 @@ def test_what_leads_out_is_refused(source):
 )
 def test_what_does_not_end_is_refused_in_time(source):
     start = time.monotonic()
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="refused: it"):
         render(source)
     assert time.monotonic() - start < sandbox.MAX_SECONDS + 1
 
