@@ -45,11 +45,12 @@ def test_an_index_is_made_anew_when_the_file_changed(tmp_path, monkeypatch):
     assert len(only(path)) == 3
     numbered(path, 5)
     assert asked(only(path)) == ["0", "1", "2", "3", "4"]
-    kept = path.stat()
+    kept, mark = path.stat(), only(path).fingerprint()
     content = path.read_bytes().replace(b'"4"', b'"9"')
     path.write_bytes(content)  # of the same size, and the clock set back
     os.utime(path, ns=(kept.st_atime_ns, kept.st_mtime_ns))
     assert asked(only(path))[-1] == "9"
+    assert only(path).fingerprint() != mark
 
 
 def test_a_damaged_index_is_told(tmp_path, monkeypatch):
