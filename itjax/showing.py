@@ -55,6 +55,8 @@ def print_templates(run: Run, console: Console, *, visible: Callable[[str], str]
         for sample in made:
             _print_sample(sample, console, visible)
             count += 1
+        for name, reason in one.family.refused.items():
+            console.print(Text(visible(f"{name}: left out: {reason}"), style="red"))
     if not count:
         console.print("No source of this run is asked in phrasings. Give one a task, a kind or templates.")
 

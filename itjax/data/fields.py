@@ -14,12 +14,15 @@ A field is said under its own name, and under its name with an ending where ther
     turns    {history}         User: Hello. and so on, a line each
     tools    {tools}           JSON, a line each
     calls    {calls}           JSON, a line each
+    references  {output}       the first of several right answers; the others go to the tag `references`
+    examples    {positive}     objects, each in the words of the field's own pattern `each`
 
 A marker is written as it looks: "(A) ", "a) ", "1. ", "- ". The A, a or 1 in it counts.
 """
 
 import json
 import re
+import string
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -34,6 +37,8 @@ ENDINGS: dict[str, tuple[str, ...]] = {
     "turns": ("",),
     "tools": ("",),
     "calls": ("",),
+    "references": ("",),
+    "examples": ("",),
 }
 STRUCTURES = ("turns", "tools", "calls")  # travel with the conversation where a phrasing does not write them as text
 MARKERS = ("(A) ", "A. ", "A) ", "1. ", "(1) ", "- ")
@@ -54,6 +59,10 @@ class Field:
     one_of: str = ""  # of a choice: the list that it is chosen from
     shuffle: bool = False  # of a list: said in another order each time, unless the items speak of their order
     first: int = 0  # of a choice: the number that rows give to the first of the list
+    column: str = ""  # that holds it, where no source says otherwise; empty: named like the field
+    sentence: bool = False  # said without space around it, with a full stop unless punctuation ends it already
+    each: str = ""  # of examples: how one is said, with {number} and its keys
+    most: int = 0  # of examples: how many are said at most; 0: all
 
 
 class Listed(NamedTuple):
@@ -82,6 +91,11 @@ def position(value: Any, listed: Listed, first: int) -> int:
     if number is None or not 0 <= number < len(listed.items):
         raise ValueError(f"{text!r} is none of {list(listed.items)}, nor the number or letter of one")
     return number
+
+
+def sentence(text: str) -> str:
+    text = text.strip()
+    return text if text and text[-1] in string.punctuation else text + "."
 
 
 def keeps_order(items: Sequence[str]) -> bool:
@@ -196,6 +210,24 @@ def _calls(value: Any) -> tuple[ToolCall, ...]:
     return tuple(calls)
 
 
+def _references(value: Any) -> tuple[str, ...]:
+    if isinstance(value, (list, tuple)) and value:
+        return tuple(as_text(one) for one in value)
+    return (as_text(value),)
+
+
+def _examples(value: Any) -> tuple[dict[str, str], ...]:
+    """Objects of texts; what else an object holds is left where it is."""
+    value = _parsed(value)
+    if not isinstance(value, (list, tuple)) or not value or not all(isinstance(one, Mapping) for one in value):
+        raise ValueError(f"it is {_kind(value)}, not a list of objects")
+    return tuple({name: _references(text)[0] for name, text in one.items() if _is_said(text)} for one in value)
+
+
+def _is_said(value: Any) -> bool:
+    return isinstance(value, (str, int, float)) or (isinstance(value, list) and bool(value) and _is_said(value[0]))
+
+
 def _parsed(value: Any) -> Any:
     """The value that a text spells where it spells JSON of a list or an object; else the value."""
     if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
@@ -228,4 +260,6 @@ _READERS = {
     "turns": _turns,
     "tools": _tools,
     "calls": _calls,
+    "references": _references,
+    "examples": _examples,
 }

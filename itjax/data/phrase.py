@@ -93,11 +93,21 @@ class Phrased:
         raw = read([int(index) % len(self.rows) for index in indices])
         return [self._conversation(int(index), row) for index, row in zip(indices, raw, strict=True)]
 
-    def over(self, rows: Rows, *, editions: int) -> "Phrased":
-        """The same phrasings of other rows: those that are left when bad ones are taken out, or of an evaluation."""
+    def over(self, rows: Rows, *, editions: int, pool: Rows | None = None) -> "Phrased":
+        """The same phrasings of other rows: those that are left when bad ones are taken out, or of an evaluation.
+
+        Worked examples come from the same pool as before, or from `pool`.
+        """
         other = copy(self)
         other.rows, other.name, other.editions = rows, rows.name, editions
+        other._pool = self._pool if pool is None else pool
         return other
+
+    def notes(self) -> list[str]:
+        """What the rows have to say, and which templates of an imported family are not used."""
+        of_rows: list[str] = getattr(self.rows, "notes", list)()
+        refused = self.family.refused.items()
+        return of_rows + [f"{self.family.name}: template {name!r} is left out: {reason}" for name, reason in refused]
 
     def _conversation(self, index: int, raw: Mapping[str, Any]) -> Conversation:
         """Raises BadRow for a row that cannot be put into words, whatever the phrasing."""

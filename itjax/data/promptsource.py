@@ -96,6 +96,7 @@ def parse(text: str, *, name: str, place: str) -> Imported:
         fields=_fields(templates, expressions),
         about=f"promptsource: {document.get('dataset', name)}",
         expressions=expressions,
+        refused=refused,
     )
     return Imported(family, refused)
 

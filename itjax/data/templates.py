@@ -12,6 +12,7 @@ read from files (`itjax/data/library`).
 
 import difflib
 import hashlib
+import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -90,6 +91,7 @@ class Family:
     few_shot: FewShot = field(default_factory=FewShot)
     sample: Mapping[str, Any] = field(default_factory=dict)  # a row that every phrasing fits
     expressions: Mapping[str, Expression] = field(default_factory=dict)  # further names, made from the raw row
+    refused: Mapping[str, str] = field(default_factory=dict)  # templates of the file that are not here, and why
 
     @cached_property
     def names(self) -> dict[str, tuple[str, str]]:
@@ -232,30 +234,37 @@ def choose(templates: Sequence[Template], *, key: str, seed: int) -> Template:
 
 def read(family: Family, raw: Mapping[str, Any], *, columns: Mapping[str, str], place: str) -> Row:
     """The fields of a row; `columns` says which column holds a field that is not named like it. Blank text is none."""
+    paths = {name: one.column or name for name, one in family.fields.items()} | dict(columns)
     values, given = {}, set()
     for name, one in family.fields.items():
-        value = column(raw, columns.get(name, name))
-        if isinstance(value, str) and not value.strip():
-            value = None
-        if value is None and one.default is None:
-            if not one.optional:
-                why = _missing(family, name, columns.get(name, name), raw)
-                raise RowError(f"{place}: {why}", f"there is no {name}")
-            continue
-        try:
-            values[name] = fields.read(one.default if value is None else value, one)
-        except ValueError as error:
-            why = f"column {columns.get(name, name)!r}: {error}"
-            raise RowError(f"{place}: {why}", f"{name} is not of its kind") from None
-        if value is not None:
+        value = column(raw, paths[name])
+        if not (value is None or (isinstance(value, str) and not value.strip())):
             given.add(name)
-    _check_choices(family, values, given, columns, place)
+        elif one.default is not None:
+            value = one.default
+        elif one.optional:
+            continue
+        else:
+            raise RowError(f"{place}: {_missing(family, name, paths[name], raw)}", f"there is no {name}")
+        try:
+            typed = fields.read(value, one)
+        except ValueError as error:
+            raise RowError(f"{place}: column {paths[name]!r}: {error}", f"{name} is not of its kind") from None
+        if not (one.optional and one.kind == "examples" and not _says_all(one, typed)):
+            values[name] = typed
+    _check_choices(family, values, given, paths, place)
     named = {name: column(raw, path) for name, path in columns.items()}
     return Row(values, frozenset(given), {**raw, **named} if named else raw)
 
 
+def _says_all(one: Field, examples: Sequence[Mapping[str, str]]) -> bool:
+    """Whether each example has all that the field's pattern says."""
+    wanted = {*names(one.each)} - {"number"}
+    return all(wanted <= example.keys() for example in examples[: one.most or None])
+
+
 def _check_choices(
-    family: Family, values: Mapping[str, Any], given: Iterable[str], columns: Mapping[str, str], place: str
+    family: Family, values: Mapping[str, Any], given: Iterable[str], paths: Mapping[str, str], place: str
 ) -> None:
     """That each choice is one of its list, whichever phrasing will say it."""
     for name in given:
@@ -264,7 +273,7 @@ def _check_choices(
             try:
                 fields.position(values[name], values[one.one_of], one.first)
             except ValueError as error:
-                why = f"column {columns.get(name, name)!r}: {error}"
+                why = f"column {paths[name]!r}: {error}"
                 raise RowError(f"{place}: {why}", f"{name} is none of {one.one_of}") from None
 
 
@@ -316,6 +325,12 @@ def render(
     system, prompt, answer, exemplar = [text.strip() for text in filled] if template.trim else filled
     silent = {one.kind: row.values[name] for name, one in family.fields.items() if _travels(name, one, said, row)}
     calls = silent.get("calls", ())
+    references = [
+        row.values[name] for name, one in family.fields.items() if one.kind == "references" and name in row.values
+    ]
+    tags = {"template_split": "heldout" if template.heldout else "seen", "kind": family.name}
+    if references and not template.inverted:
+        tags["references"] = json.dumps(references[0], ensure_ascii=False)
     if not answer.strip() and not calls:
         raise RowError(f"{place}: the answer is empty; each row needs an answer to learn", "the answer is empty")
     turns = [Message("system", system)] if system else []
@@ -327,7 +342,7 @@ def render(
         source=source,
         key=lots.key,
         template=f"{family.name}/{template.name}",
-        tags={"template_split": "heldout" if template.heldout else "seen", "kind": family.name},
+        tags=tags,
         tools=silent.get("tools", ()),
     )
     return Rendered(system, prompt, answer, exemplar, made)
@@ -360,7 +375,11 @@ def _say(family: Family, template: Template, row: Row, name: str, marker: str, l
     one, value = family.fields[key], row.values[key]
     match one.kind:
         case "text":
-            return value
+            return fields.sentence(value) if one.sentence else value
+        case "references":
+            return value[0]
+        case "examples":
+            return _each(one, value)
         case "list":
             items, order = _listed(family, template, row, key, lots)
             return fields.say_list([items[number] for number in order], ending, marker)
@@ -374,6 +393,19 @@ def _say(family: Family, template: Template, row: Row, name: str, marker: str, l
             return "\n".join(fields.say_json(tool, "") for tool in value)
         case _:
             return fields.say_calls(value)
+
+
+def _each(one: Field, examples: Sequence[Mapping[str, str]]) -> str:
+    """Objects of a row, each in the words of the field's own pattern."""
+    said = names(one.each)
+    texts = []
+    for number, example in enumerate(examples[: one.most or None], start=1):
+        told = {name: fields.sentence(text) if one.sentence else text for name, text in example.items()}
+        missing = [name for name in said if name not in told and name != "number"]
+        if missing:
+            raise ValueError(f"example {number} has no {missing[0]!r}; {nearest(missing[0], told)}")
+        texts.append(fill(one.each, {**told, "number": str(number)}))
+    return "".join(texts)
 
 
 def _choice(family: Family, template: Template, row: Row, key: str, ending: str, marker: str, lots: Lots) -> str:

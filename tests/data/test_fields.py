@@ -128,6 +128,15 @@ def test_json_is_said_in_three_ways():
         fields.say_json([1], "_keys")
 
 
+def test_the_first_of_several_right_answers_is_said():
+    assert read(["4", "four"], Field("references")) == ("4", "four")
+    assert read("4", Field("references")) == ("4",)
+
+
+def test_a_sentence_ends_in_punctuation():
+    assert [fields.sentence(text) for text in (" a b ", "a?", "(a)", "")] == ["a b.", "a?", "(a)", "."]
+
+
 @pytest.mark.parametrize("items", [["a", "None of the above"], ["x", "Both A and B"], ["all of these", "b"]])
 def test_items_that_speak_of_others_keep_their_order(items):
     assert fields.keeps_order(items)

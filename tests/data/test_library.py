@@ -6,10 +6,10 @@ import re
 
 import pytest
 
-from itjax.data import library, templates
+from itjax.data import library, sources, templates
 from itjax.data.templates import EXEMPLARS, Lots
 
-KINDS = library.kinds()
+KINDS = [kind for kind in library.kinds() if kind != "natural_instructions"]  # which has published encodings
 MINE = """
 kind = "reviews"
 
@@ -149,6 +149,49 @@ def test_system_prompts_and_answers_vary(kind):
 def test_a_kind_that_is_misspelt_is_told_the_nearest():
     with pytest.raises(ValueError, match=r"kind 'classifcation' is unknown; did you mean 'classification'\?"):
         library.family("classifcation")
+
+
+# ---------------------------------------------------------------------------------------------- published encodings
+
+
+def test_natural_instructions_are_encoded_to_the_letter():
+    family = library.family("natural_instructions")
+    assert [one.name for one in family.templates] == [
+        "definition",
+        "positive",
+        "definition_positive",
+        "definition_positive_negative",
+        "definition_explained",
+        "definition_reasoned",
+    ]
+    made, again = (rendered(family, family.template(f"definition_{name}ed")) for name in ("explain", "reason"))
+    assert made.messages == again.messages
+    assert made.messages[0].content == (
+        "Definition: Add the two numbers.\n\n"
+        " Positive Example 1 -\nInput: 1, 1.\n Output: 2.\n Explanation: 1 + 1 = 2.\n\n"
+        " Positive Example 2 -\nInput: 4, 4.\n Output: 8.\n Explanation: 4 + 4 = 8.\n\n"
+        "Now complete the following example -\nInput: 2, 3.\nOutput: "
+    )
+    assert made.messages[1].content == "5"
+    assert made.tags["references"] == '["5", "five"]'
+
+
+def test_natural_instructions_files_give_the_same_words_by_both_ways(shared_data):
+    """The definition-only encoding of the file reader, which has its own tests, is the template's on real instances."""
+    family = library.family("natural_instructions")
+    compared = 0
+    for path in sorted((shared_data / "natural_instructions/train").iterdir())[::6]:
+        (rows,) = sources.open_files(str(path))
+        for index in range(0, len(rows), max(1, len(rows) // 5)):
+            row = templates.read(family, rows.row(index), columns={}, place="k")
+            made = templates.render(
+                family, family.template("definition"), row, lots=Lots(0, "k", 0), source="s", place="k"
+            ).conversation
+            expected = rows.conversation(index)
+            assert made.messages == expected.messages
+            assert made.tags["references"] == expected.tags["references"]
+            compared += 1
+    assert compared >= 50
 
 
 # ---------------------------------------------------------------------------------------------- one's own

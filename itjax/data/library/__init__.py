@@ -47,7 +47,20 @@ _FAMILY = (
     "template",
 )
 _TEMPLATE = ("name", "prompt", "answer", "system", "tags", "markers", "words", "exemplar")
-_FIELD = ("kind", "about", "optional", "default", "one_of", "shuffle", "first", "list")
+_FIELD = (
+    "kind",
+    "about",
+    "optional",
+    "default",
+    "one_of",
+    "shuffle",
+    "first",
+    "list",
+    "column",
+    "sentence",
+    "each",
+    "most",
+)
 
 
 def kinds() -> list[str]:
@@ -185,9 +198,15 @@ def _field(entry: Mapping[str, Any], before: Field, place: str) -> Field:
     made = replace(before, **entry)
     if made.kind not in fields.ENDINGS:
         raise ValueError(f"{place}: kind {made.kind!r} is unknown; {nearest(str(made.kind), fields.ENDINGS)}")
-    for name in ("optional", "shuffle"):
+    for name in ("optional", "shuffle", "sentence"):
         if not isinstance(getattr(made, name), bool):
             raise ValueError(f"{place}: {name} is {getattr(made, name)!r}; write true or false")
+    if (made.kind == "examples") != bool(made.each):
+        raise ValueError(f"{place}: kind 'examples' and each = ... go together: each says how one example is written")
+    try:
+        templates.names(made.each)
+    except ValueError as error:
+        raise ValueError(f"{place}: each: {error}") from None
     if made.default is not None:
         try:
             fields.read(made.default, made)
