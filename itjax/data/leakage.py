@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -109,44 +109,36 @@ def _turns(value: Any) -> list[str]:
 # ---------------------------------------------------------------------------------------------- the index
 
 
-class Hits(NamedTuple):
-    """Where in the items the n-grams of a text occur, ordered by item and position."""
-
-    items_H: np.ndarray
-    positions_H: np.ndarray
-
-
 class Ngrams:
-    """Where every n-gram of some token sequences stands: 16 bytes for each, found by bisection."""
+    """Where every n-gram of some token sequences stands: 16 bytes for each, found by bisection.
+
+    A place is the number of the item in the upper half, the position in it in the lower: places sort by both.
+    """
 
     def __init__(self, sequences: Iterable[np.ndarray], width: int) -> None:
         self.width = width
-        hashes, items, positions = [np.empty(0, np.uint64)], [np.empty(0, np.uint32)], [np.empty(0, np.uint32)]
+        hashes, places = [np.empty(0, np.uint64)], [np.empty(0, np.uint64)]
         for item, tokens_T in enumerate(sequences):
             hashes.append(ngrams(tokens_T, width))
-            items.append(np.full(len(hashes[-1]), item, np.uint32))
-            positions.append(np.arange(len(hashes[-1]), dtype=np.uint32))
+            places.append(np.arange(len(hashes[-1]), dtype=np.uint64) + np.uint64(item << 32))
         hashes_N = np.concatenate(hashes)
         order = np.argsort(hashes_N, kind="stable")
-        self._hashes_N = hashes_N[order]
-        self._items_N, self._positions_N = np.concatenate(items)[order], np.concatenate(positions)[order]
+        self._hashes_N, self._places_N = hashes_N[order], np.concatenate(places)[order]
 
-    def hits(self, tokens_T: np.ndarray) -> Hits | None:
-        """Of a text's n-grams, each counted once."""
-        if not len(self._hashes_N) or len(tokens_T) < self.width:
-            return None
+    def hits(self, tokens_T: np.ndarray) -> np.ndarray:
+        """The places of a text's n-grams, in their order; each n-gram is asked for once."""
+        if not len(self._hashes_N):
+            return self._places_N
         asked_S = np.unique(ngrams(tokens_T, self.width))
         starts_S = np.searchsorted(self._hashes_N, asked_S)
-        found = self._hashes_N[np.minimum(starts_S, len(self._hashes_N) - 1)] == asked_S
-        if not found.any():
-            return None
-        starts_S = starts_S[found]
-        counts_S = np.searchsorted(self._hashes_N, asked_S[found], side="right") - starts_S
-        ends_S = np.cumsum(counts_S)
-        places_H = np.arange(ends_S[-1]) + np.repeat(starts_S - (ends_S - counts_S), counts_S)
-        items_H, positions_H = self._items_N[places_H], self._positions_N[places_H]
-        order = np.lexsort((positions_H, items_H))
-        return Hits(items_H[order], positions_H[order])
+        found_S = self._hashes_N.take(starts_S, mode="clip") == asked_S
+        if not found_S.any():
+            return self._places_N[:0]
+        asked_S, starts_S = asked_S[found_S], starts_S[found_S]
+        counts_S = np.searchsorted(self._hashes_N, asked_S, side="right") - starts_S
+        offsets_S = np.cumsum(counts_S) - counts_S
+        places = np.arange(counts_S.sum()) + np.repeat(starts_S - offsets_S, counts_S)
+        return np.sort(self._places_N[places])
 
 
 def ngrams(tokens_T: np.ndarray, width: int) -> np.ndarray:
@@ -158,18 +150,16 @@ def ngrams(tokens_T: np.ndarray, width: int) -> np.ndarray:
     return hashes_S
 
 
-def coverage(hits: Hits, sizes_I: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:
+def coverage(hits_H: np.ndarray, sizes_I: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:
     """The items that were hit, and the share of the tokens of each that lies in a shared n-gram.
 
     item           a b c d e f g h i j     10 tokens
     hits of width 3    at 1, 2 and 6
     covered          b c d e   g h i       7 of 10
     """
-    items_H, positions_H = hits
-    same_H = np.append(items_H[1:] == items_H[:-1], False)
-    gaps_H = np.append(positions_H[1:].astype(np.int64) - positions_H[:-1], 0)
-    covered_H = np.where(same_H, np.minimum(gaps_H, width), width)
-    firsts = np.flatnonzero(np.insert(~same_H[:-1], 0, True))
+    items_H = (hits_H >> np.uint64(32)).astype(np.int64)
+    covered_H = np.minimum(np.diff(hits_H, append=np.uint64(1 << 63)), np.uint64(width))  # the next item is far away
+    firsts = np.flatnonzero(np.diff(items_H, prepend=-1))
     items = items_H[firsts]
     return items, np.add.reduceat(covered_H, firsts) / sizes_I[items]
 
@@ -228,20 +218,20 @@ class Leakage:
         ]
 
     def _covers(self, tokens_T: np.ndarray) -> Iterator[tuple[int, float]]:
-        return (hit for hit in self._hits(self._covered, tokens_T) if hit[1] > self.coverage)
+        return self._hits(self._covered, tokens_T, above=self.coverage)
 
     def _is_short(self, tokens_T: np.ndarray) -> Iterator[tuple[int, float]]:
         return ((item, 1.0) for item in self._short.get(tokens_T.tobytes(), ()))
 
     def _shares(self, tokens_T: np.ndarray) -> Iterator[tuple[int, float]]:
-        return self._hits(self._phrases, tokens_T)
+        return self._hits(self._phrases, tokens_T, above=0.0)
 
-    def _hits(self, index: Ngrams, tokens_T: np.ndarray) -> Iterator[tuple[int, float]]:
-        hits = index.hits(tokens_T)
-        if hits is None:
+    def _hits(self, index: Ngrams, tokens_T: np.ndarray, *, above: float) -> Iterator[tuple[int, float]]:
+        hits_H = index.hits(tokens_T)
+        if not len(hits_H):
             return iter(())
-        items, shares = coverage(hits, self._sizes_I, index.width)
-        return zip(items.tolist(), shares.tolist(), strict=True)
+        items, shares = coverage(hits_H, self._sizes_I, index.width)
+        return zip(items[shares > above].tolist(), shares[shares > above].tolist(), strict=True)
 
     def _findings(
         self, example: Example, said: Sequence[tuple[int, np.ndarray]], ask: Ask, *, reason: str, action: str

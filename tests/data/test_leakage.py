@@ -127,6 +127,12 @@ def test_many_hits_are_told_up_to_a_number_for_every_set(monkeypatch):
     assert covers == ["a.jsonl:0", "b.jsonl:0", "a.jsonl:1", "b.jsonl:1", "a.jsonl:2", "b.jsonl:2"]
 
 
+def test_the_picture_of_coverage():
+    hits = np.array([1, 2, 6, (3 << 32) + 4], np.uint64)  # of items 0 and 3
+    items, shares = leakage.coverage(hits, np.array([10, 1, 1, 12]), 3)
+    assert (items.tolist(), shares.tolist()) == ([0, 3], [0.7, 0.25])
+
+
 # ---------------------------------------------------------------------------------------------- by brute force
 
 
@@ -318,16 +324,16 @@ def test_evaluation_files_are_read_as_they_are(shared_data, tmp_path, name):
 
 
 def test_a_training_file_with_gsm8k_in_another_format_is_all_leaked(shared_data, tmp_path):
-    """Every question of flan_cot is one of GSM8K, and two chat data sets hold none of them."""
+    """Every question of flan_cot is one of GSM8K; eleven also cover a twin of it. A book's instructions cover none."""
     stage = Leakage(evaluation_texts(str(shared_data / "gsm8k/train.jsonl"), cache_dir=tmp_path), coverage=0.5)
     with (shared_data / "flan_cot/gsm8k_train.tsv").open(newline="") as file:
-        questions = [fields[0] for fields in csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE)]
+        questions = [fields[0] for fields in csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE)][::3]
     examples = [row(question, "so", number=n, source="flan") for n, question in enumerate(questions)]
     book = json.loads((shared_data / "llms_from_scratch/instruction-data.json").read_text())
     examples += [
         row(f"{x['instruction']}\n{x['input']}", x["output"], number=n, source="book") for n, x in enumerate(book)
     ]
     (items,) = stage.items.values()
-    flan, clean = contamination(run([stage], examples), rows={"flan": 7473, "book": 1100}, items=stage.items)
-    assert (flan.of_rows, flan.of_items, items) == (1.0, 1.0, 7473)
+    flan, clean = contamination(run([stage], examples), rows={"flan": 2491, "book": 1100}, items=stage.items)
+    assert (flan.rows_hit, flan.items_hit, items) == (2491, 2491 + 11, 7473)
     assert (clean.rows_hit, clean.items_hit) == (0, 0)
