@@ -47,7 +47,7 @@ class Hit(NamedTuple):
 @functools.cache
 def _word_pattern() -> re.Pattern[str]:
     """A word; one character of a script without spaces; or one sign. Spaces, hyphens and underscores part words."""
-    marks = "".join(map(re.escape, _runs(lambda code: unicodedata.category(chr(code)) in ("Mn", "Mc"))))
+    marks = "".join(_runs(lambda code: unicodedata.category(chr(code)) in ("Mn", "Mc")))
     return re.compile(rf"[{UNSPACED}]|(?:[^\W_{UNSPACED}][{marks}]*+)++|[^\w\s-]")
 
 
@@ -174,9 +174,11 @@ class Toxic:
 
     def _judged(self, text: str) -> Iterator[tuple[str, Hit, float]]:
         """Every word of a list with the number of such words; the classifier's score from the threshold on."""
-        if self.lists:
+        first_words = {_spelled(word) for word in set(_word_pattern().findall(text))} if self.lists else set()
+        lists = [word_list for word_list in self.lists if not word_list.terms.keys().isdisjoint(first_words)]
+        if lists:
             text_words = list(words(text))
-            for word_list in self.lists:
+            for word_list in lists:
                 hits = list(word_list.hits(text_words))
                 for hit in hits:
                     yield f"word of {word_list.name}", hit, float(len(hits))
