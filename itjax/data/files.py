@@ -1,7 +1,7 @@
 """Which files are meant, and their bytes at hand: patterns to paths, far and packed files to private copies.
 
     data/*.jsonl.gz, gs://bucket/chat     ->  names of sources, each with its shards
-    gs://bucket/chat/a.jsonl.zst          ->  ~/.cache/itjax/files/a.jsonl-5f0c-91d2/content, made once
+    gs://bucket/chat/a.jsonl.zst          ->  ~/.cache/itjax/files/a-5f0c-91d2/content, made once
 
 A copy is keyed by what tells that a file changed (size, times, tag of the store), so it is never older than its original.
 """
@@ -36,6 +36,8 @@ ROWS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".array_record
 PACKED = {".gz": b"\x1f\x8b", ".zst": b"\x28\xb5\x2f\xfd"}  # ending -> first bytes
 ENDINGS = (*ROWS, *(f"{ending}{packed}" for ending in ROWS[:5] for packed in PACKED))
 OTHER_PACKS = {b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"PK\x03\x04": "zip"}
+LOGIN = re.compile(r"://[^/@]+@")
+SIGNATURE = re.compile(r"(?i)([?&][^=&]*(?:token|sig|key|secret|password|credential)[^=&]*=)[^&]*")
 SHARD = re.compile(r"-\d{5}-of-\d{5}$")
 DRIVERS = {"gs": "gcsfs", "gcs": "gcsfs", "s3": "s3fs", "s3a": "s3fs", "http": "aiohttp", "https": "aiohttp"}
 DRIVERS |= {"az": "adlfs", "abfs": "adlfs", "hf": "huggingface_hub"}
@@ -54,13 +56,15 @@ def find(patterns: str, *, data_dir: str = "") -> dict[str, list[str]]:
         pattern = pattern if is_whole else f"{data_dir.rstrip('/') or '/'}/{pattern}"
         found = list(_far(pattern) if is_far(pattern) else _near(pattern))
         if not found:
-            raise ValueError(f"files: nothing matches {pattern!r}; check the path (endings read: {', '.join(ENDINGS)})")
+            raise ValueError(
+                f"files: nothing matches {shown(pattern)!r}; check the path (endings read: {', '.join(ENDINGS)})"
+            )
         paths.update(dict.fromkeys(found))
     if not paths:
         raise ValueError(f"files: {patterns!r} names no file; give globs or directories separated by commas")
     groups: dict[str, list[str]] = {}
     for path in paths:
-        folder, _, name = path.rpartition("/")
+        folder, _, name = shown(path).rpartition("/")
         groups.setdefault(f"{folder}/{SHARD.sub('', stem(name))}", []).append(path)
     return dict(zip(_names(list(groups)), groups.values(), strict=True))
 
@@ -68,6 +72,11 @@ def find(patterns: str, *, data_dir: str = "") -> dict[str, list[str]]:
 def is_far(path: str) -> bool:
     """Whether the path is an address (`gs://...`) that a driver reads."""
     return "://" in path
+
+
+def shown(path: str) -> str:
+    """The path without what must not be seen in messages, keys and names: a password, the signature of a link."""
+    return SIGNATURE.sub(r"\1...", LOGIN.sub("://...@", path)) if is_far(path) else path
 
 
 def stem(path: str) -> str:
@@ -132,7 +141,7 @@ def _system(address: str) -> tuple[Any, str]:
             return fsspec.core.url_to_fs(address)
         except ImportError as error:
             package = DRIVERS.get(protocol, f"the fsspec driver of {protocol}://")
-            raise ValueError(f"{address}: {protocol}:// needs {package}; pip install {package}") from error
+            raise ValueError(f"{shown(address)}: {protocol}:// needs {package}; pip install {package}") from error
 
 
 @contextlib.contextmanager
@@ -140,13 +149,12 @@ def _told(address: str) -> Iterator[None]:
     """What goes wrong far away, as one message that names the address."""
     try:
         yield
-    except ValueError as error:
-        if str(error).startswith(address):
-            raise
-        raise ValueError(f"{address}: {error}") from None
     except Exception as error:  # drivers raise what they like
-        reason = str(error) or type(error).__name__
-        raise ValueError(f"{address}: cannot be read ({reason}); check the address and your credentials") from error
+        reason = (str(error) or type(error).__name__).replace(address, shown(address))
+        if isinstance(error, ValueError):
+            raise ValueError(reason if reason.startswith(shown(address)) else f"{shown(address)}: {reason}") from None
+        advice = "check the address and your credentials"
+        raise ValueError(f"{shown(address)}: cannot be read ({reason}); {advice}") from None
 
 
 def _is_local(system: Any) -> bool:
@@ -158,7 +166,8 @@ def look_up(path: str) -> str:
     if is_far(path):
         system, place = _system(path)
         with _told(path):
-            return repr(sorted((str(key), str(value)) for key, value in system.info(place).items()))
+            told = {str(key): str(value) for key, value in system.info(place).items()}
+        return repr(sorted((key, value) for key, value in told.items() if key not in ("name", "url")))
     return repr((*state(path), os.stat(path).st_ctime_ns))
 
 
@@ -235,8 +244,8 @@ def keep(cache_dir: Path, path: str, facts: str, *, how: str, build: Callable[[P
     Whoever starts at the same time waits and finds it built.
     """
     shelf = _private(_private(cache_dir) / "files")
-    label = re.sub(r"[^\w.-]", "_", path.rpartition("/")[2])[-60:]
-    family = f"{label}-{_short(path, how)}"
+    label = re.sub(r"[^\w.-]", "_", stem(path))[:60]
+    family = f"{label}-{_short(shown(path), how)}"
     place = shelf / f"{family}-{_short(facts)}"
     if place.exists():
         return place

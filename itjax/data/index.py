@@ -72,7 +72,7 @@ def open_file(path: str, reading: Reading, *, cache_dir: Path) -> File:
     packed = "" if is_far else files.packing(path)
     if not is_far:
         files.check_ending(path, packed)
-    original = Bytes(path, path, None if is_far else files.state(path))
+    original = Bytes(path, files.shown(path), None if is_far else files.state(path))
     if not is_far and not packed and original.size <= SMALL and not _is_parquet(original):
         return _open_small(original, reading)
     build = partial(_build, original, reading)

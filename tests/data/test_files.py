@@ -104,6 +104,21 @@ def test_a_far_file_is_copied_once_and_again_when_it_changed(tmp_path, memory, m
     assert len([folder for folder in (tmp_path / "files").iterdir() if folder.is_dir()]) == 1  # the old copy is gone
 
 
+def test_a_password_in_an_address_is_never_shown(tmp_path, memory):
+    secret = "memory://me:hunter2@host/a.jsonl?id=7&X-Amz-Signature=hunter2&sig=hunter2"
+    assert files.shown(secret) == "memory://...@host/a.jsonl?id=7&X-Amz-Signature=...&sig=..."
+    memory.pipe("/a.jsonl?token=hunter2", b"{}\n")
+    (source,) = open_files("memory:///a.jsonl?token=hunter2", cache_dir=tmp_path)
+    with pytest.raises(ValueError, match=r"^memory:///a\.jsonl\?token=\.\.\.:1: ") as error:
+        source.conversation(0)
+    with pytest.raises(ValueError, match=r"nothing matches") as nothing:
+        open_files("memory://no.jsonl?token=hunter2")
+    kept = [path.name for path in tmp_path.rglob("*")]
+    assert kept
+    for text in (str(error.value), str(nothing.value), source.key(0), source.name, str(source.notes()), *kept):
+        assert "hunter2" not in text
+
+
 def test_a_file_address_is_a_path(tmp_path):
     path = write(tmp_path / "a.jsonl")
     (source,) = open_files(f"file://{path}")
