@@ -40,7 +40,7 @@ def asked(run: Run) -> Iterator[Asked]:
             yield _task(name, source, run)
         elif source.kind or source.templates:
             family = phrase.family_of(source, place=f"config.sources.{name}")
-            rows = sources.open_files(source.files, columns=source.columns)[0]
+            rows = sources.open_files(source.files, columns=source.columns, data_dir=run.data_dir)[0]
             yield Asked(name, family, rows.row(0), rows.key(0), {})
 
 

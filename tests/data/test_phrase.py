@@ -1,5 +1,6 @@
 """Rows in many words: every phrasing in turn, the same everywhere, with worked examples that leak nothing."""
 
+import itertools
 import json
 import os
 import pickle
@@ -8,13 +9,17 @@ import sys
 from collections import Counter
 from dataclasses import dataclass, replace
 
+import numpy as np
 import pytest
 
 from itjax.base.schema import Source
 from itjax.data import library, phrase, sources
+from itjax.data.cache import encode_source
+from itjax.data.encode import Encoding
 from itjax.data.phrase import Phrased
 from itjax.data.sources import BadRow
 from itjax.data.templates import FewShot
+from itjax.text.tokenizer import SentencePiece, train
 
 
 @dataclass(frozen=True)
@@ -203,9 +208,7 @@ def test_no_heldout_phrasing_is_ever_trained_on(kind):
 
 
 def test_a_kind_of_task_can_be_held_out_as_a_whole():
-    text = 'extends = "paraphrase"\ntags = ["held_out"]\n[[template]]\nname = "x"\nprompt = "{text}"\nanswer = "{paraphrase}"'
-    family = replace(library.parse(text, place="p.toml"), name="other")
-    family = replace(family, templates=tuple(replace(one, heldout=True) for one in family.templates))
+    family = library.parse('extends = "paraphrase"\nkind = "other"\ntags = ["held_out"]', place="other.toml")
     rows = Table((family.sample,))
     with pytest.raises(ValueError, match="it has no seen phrasings"):
         phrased(rows, family)
@@ -269,10 +272,10 @@ def test_a_worked_example_is_never_the_row_itself_nor_one_that_asks_the_same():
 
 
 def test_no_evaluation_row_enters_training_as_a_worked_example():
-    train, held = questions(60), questions(40, start=60)
-    trained = all_of(phrased(train, few_shot=3, pool=train, editions=6))
-    measured = all_of(phrased(held, few_shot=3, pool=train, split="eval", phrasings="heldout"))
-    train_keys, held_keys = ({rows.key(index) for index in range(len(rows))} for rows in (train, held))
+    pool, held = questions(60), questions(40, start=60)
+    trained = all_of(phrased(pool, few_shot=3, pool=pool, editions=6))
+    measured = all_of(phrased(held, few_shot=3, pool=pool, split="eval", phrasings="heldout"))
+    train_keys, held_keys = ({rows.key(index) for index in range(len(rows))} for rows in (pool, held))
     assert not train_keys & held_keys
     for made in trained:
         assert {made.key, *phrase.exemplars(made)} <= train_keys
@@ -307,6 +310,29 @@ def test_worked_examples_mark_their_options_as_the_question_does():
     for made in all_of(source):
         answers = [message.content for message in made.messages if message.role == "assistant"]
         assert len({(answer[0] in "([", answer.strip("()[]").isdigit(), answer.islower()) for answer in answers}) == 1
+
+
+# ---------------------------------------------------------------------------------------------- tokenised
+
+
+def test_editions_are_tokenised_one_behind_the_other_by_any_number_of_processes(tmp_path):
+    rows = questions(900)
+    source = phrased(rows, few_shot=1, pool=rows, editions=3)
+    model = train([made.messages[-1].content for made in all_of(source)[:200]], size=300, controls=())
+    encoding = Encoding(SentencePiece(model), format="plain", length=100, truncation="drop", prompt_weight=0.0)
+    one, two = (encode_source(source, encoding, cache_dir=tmp_path / str(n), workers=n, progress=None) for n in (1, 2))
+    ends = one.edition_ends.tolist()
+    assert len(ends) == 3
+    assert ends[-1] == len(one) > 1000
+    assert one.report["rows"] == 900
+    assert one.report["kept"] + sum(one.report["dropped"].values()) == 2700
+    for edition, (start, end) in enumerate(itertools.pairwise([0, *ends])):
+        assert set(one.rows[start:end] // 900) == {edition}
+        first = one.rows[start]
+        assert one.address(start) == source.conversation(first).key
+        assert one.template(start) == source.conversation(first).template
+    assert np.array_equal(one.tokens, two.tokens)
+    assert two.edition_ends.tolist() == ends
 
 
 # ---------------------------------------------------------------------------------------------- options, inversion

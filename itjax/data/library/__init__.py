@@ -122,7 +122,10 @@ class _Reader:
             raise ValueError(f"{self.place}: template is not a table; write [[template]], once for each")
         own = [self.template(entry, shared, tags) for entry in entries]
         without = _texts(document, "without", self.place)
-        taken = self._taken(base, without, shared, {one.name for one in own}) if base else []
+        taken = self._taken(base, {*without, *(one.name for one in own)}, shared, tags) if base else []
+        if base is not None:
+            for gone in without:
+                base.template(gone)  # says what is near where there is none
         markers = _texts(document, "markers", self.place) or (base.markers if base else fields.MARKERS)
         return Family(
             name=name,
@@ -134,11 +137,12 @@ class _Reader:
             sample=self._sample(document, base),
         )
 
-    def _taken(self, base: Family, without: Iterable[str], shared: tuple[str, ...], own: set[str]) -> list[Template]:
-        for name in without:
-            base.template(name)  # says what is near where there is none
-        left = [one for one in base.templates if one.name not in {*without, *own}]
-        return [replace(one, systems=shared) for one in left] if shared else left
+    def _taken(self, base: Family, without: set[str], shared: tuple[str, ...], tags: tuple[str, ...]) -> list[Template]:
+        """The templates of the family that is extended, with what the file says of all."""
+        left = [one for one in base.templates if one.name not in without]
+        left = [replace(one, systems=shared) for one in left] if shared else left
+        held = "held_out" in tags
+        return [replace(one, tags=(*one.tags, *tags), heldout=one.heldout or held) for one in left] if tags else left
 
     def _fields(self, document: Mapping[str, Any], base: Family | None) -> dict[str, Field]:
         found = dict(base.fields) if base else {}
