@@ -41,6 +41,7 @@ HTML_NAME = re.compile(
     r"</?(a|b|i|u|p|q|s|em|h[1-6]|li|ol|ul|td|th|tr|br|hr|sub|sup|div|span|code|pre|table|caption|thead|tbody|tfoot"
     r"|strong|blockquote)>"
 )
+CONFIG = "special_tokens"  # of a file of ours: what `tokenizer_config.json` says beside the published one
 PROBE = "Two words, 1 line."
 BYTE_NAME = re.compile(r"<0x[0-9A-F]{2}>")
 
@@ -48,6 +49,7 @@ BYTE_NAME = re.compile(r"<0x[0-9A-F]{2}>")
 class Tokenizer(Protocol):
     """What the rest of the code knows about a tokenizer."""
 
+    model: bytes  # the file it was made from
     size: int
     bos: int | None
     eos: int | None
@@ -79,7 +81,7 @@ def open(path: str | Path) -> "SentencePiece | HuggingFace":
                 f"{path}: there is no {' or '.join(FOLDER_FILES)} in this folder; name the tokenizer's file"
             )
         path = found[0]
-    return HuggingFace(path) if path.suffix == ".json" else SentencePiece(path)
+    return HuggingFace(path) if _read(path).lstrip()[:1] == b"{" else SentencePiece(path)
 
 
 class SentencePiece:
@@ -101,8 +103,10 @@ class SentencePiece:
         self.eos = _id_or_none(self._pieces.eos_id())
         self.pad = _id_or_none(self._pieces.pad_id())
         self.unk = _id_or_none(self._pieces.unk_id())
-        self.controls = {self._pieces.id_to_piece(id): id for id in range(self.size) if self._is_control(id)}
-        self.space_before = "always" if self._pieces.encode(",", out_type=str)[0].startswith(SPACE_MARK) else ""
+        self.controls: Mapping[str, int] = {
+            self._pieces.id_to_piece(id): id for id in range(self.size) if self._is_control(id)
+        }
+        self.space_before: str = "always" if self._pieces.encode(",", out_type=str)[0].startswith(SPACE_MARK) else ""
         own = [name for name, id in self.controls.items() if not self._pieces.is_control(id)]
         self._own_controls = _any_of(own) if own else None
 
@@ -188,24 +192,26 @@ class HuggingFace:
     """
 
     def __init__(self, model: str | Path | bytes, config: Mapping[str, Any] | None = None) -> None:
-        self.model = model if isinstance(model, bytes) else _read(Path(model))
         place = "tokenizer" if isinstance(model, bytes) else str(model)
+        fields = _fields(model if isinstance(model, bytes) else _read(Path(model)), place)
+        within = fields.pop(CONFIG, {})
         beside = {} if isinstance(model, bytes) else _config(Path(model).parent)
-        self.config: Mapping[str, Any] = beside if config is None else config
-        fields = _fields(self.model, place)
+        self.config: Mapping[str, Any] = config if config is not None else beside or within
+        self.model = json.dumps(fields | {CONFIG: self.config}, ensure_ascii=False).encode()  # one file holds both
         declared = [token for token in fields.get("added_tokens", []) if _is_control_token(token)]
-        self.controls = {token["content"]: int(token["id"]) for token in declared} | _more_controls(self.config)
+        controls = {token["content"]: int(token["id"]) for token in declared} | _more_controls(self.config)
         for token in ("bos_token", "eos_token", "pad_token"):
             name = self.config.get(token)
             id = fields.get("model", {}).get("vocab", {}).get(name) if isinstance(name, str) else None
             if isinstance(id, int):
-                self.controls.setdefault(str(name), id)
+                controls.setdefault(str(name), id)
+        self.controls: Mapping[str, int] = controls
         added = [token | {"special": _is_control_token(token)} for token in fields.get("added_tokens", [])]
         plain = fields | {"added_tokens": added, "post_processor": None, "truncation": None, "padding": None}
         self._begins = _load(plain, place)
         going_on = _without_prefix(plain)
         self._goes_on = self._begins if going_on == plain else _load(going_on, place)
-        self.space_before = "" if going_on == plain else ("first" if '"first"' in json.dumps(plain) else "always")
+        self.space_before: str = "" if going_on == plain else ("first" if '"first"' in json.dumps(plain) else "always")
         self._decoder = _load(fields | {"truncation": None, "padding": None}, place)
         self._by_id = {id: name for name, id in self.controls.items()}
         self._any_control = _any_of([*self.controls]) if self.controls else re.compile("(?!)")
@@ -221,8 +227,8 @@ class HuggingFace:
     def _read(self, text: str) -> str:
         return self.decode(self.encode(text))
 
-    def __reduce__(self) -> tuple[type["HuggingFace"], tuple[bytes, Mapping[str, Any]]]:
-        return HuggingFace, (self.model, self.config)
+    def __reduce__(self) -> tuple[type["HuggingFace"], tuple[bytes]]:
+        return HuggingFace, (self.model,)
 
     def _named(self, name: str) -> int | None:
         text = self.config.get(name)
@@ -266,7 +272,7 @@ class HuggingFace:
         return piece.replace(SPACE_MARK, " ") if SPACE_MARK in piece else self._decoder.decode([int(id)]) or piece
 
     def fingerprint(self) -> str:
-        return hashlib.sha256(self.model + json.dumps(self.config, sort_keys=True).encode()).hexdigest()
+        return hashlib.sha256(self.model).hexdigest()
 
 
 def names_control(name: str) -> bool:
@@ -296,9 +302,9 @@ def _config(folder: Path) -> dict[str, Any]:
             fields |= _fields((folder / name).read_bytes(), str(folder / name))
     roles = {name: fields.get(name) for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
     texts = {name: token.get("content") if isinstance(token, dict) else token for name, token in roles.items()}
-    return {name: text for name, text in texts.items() if isinstance(text, str)} | {
-        "added_tokens_decoder": fields.get("added_tokens_decoder") or {}
-    }
+    more = fields.get("added_tokens_decoder")
+    found: dict[str, Any] = {name: text for name, text in texts.items() if isinstance(text, str)}
+    return found | ({"added_tokens_decoder": more} if more else {})
 
 
 def _more_controls(config: Mapping[str, Any]) -> dict[str, int]:

@@ -247,6 +247,8 @@ def test_open_takes_a_model_a_json_file_or_a_folder(tmp_path, tokenizer):
     opened = tokenizer_module.open(tmp_path)
     assert isinstance(opened, HuggingFace)
     assert (opened.eos, opened.control("<|x|>"), opened.size) == (0, 500, 501)
+    (tmp_path / "kept.model").write_bytes(opened.model)  # one file, whatever its name, keeps the special tokens
+    assert tokenizer_module.open(tmp_path / "kept.model").fingerprint() == opened.fingerprint()
     with pytest.raises(ValueError, match=r"there is no tokenizer\.json or tokenizer\.model in"):
         tokenizer_module.open(tmp_path.parent)
     (tmp_path / "bad.json").write_text("{}")
