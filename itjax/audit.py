@@ -16,9 +16,8 @@ from itjax import cli
 from itjax.base import freeze
 from itjax.base.freeze import Fault
 from itjax.base.schema import Run
-from itjax.data import filters, prepare
-from itjax.data.filters import Examples, Review
-from itjax.data.sources import RowSource
+from itjax.data import cache, filters, gather
+from itjax.data.filters import Examples
 from itjax.evaluation import audit as account
 
 HELP = """Say what is in the data: duplicates, leaks into evaluations, personal data, offensive and faulty rows.
@@ -47,21 +46,18 @@ def command(argv: Sequence[str]) -> int:
         raise Fault("--out: missing; name a folder for the manifest and the page, e.g. --out=audit")
     if values.workers < 1:
         raise Fault(f"--workers: {values.workers} is out of range; it must be at least 1")
-    train, held = sources_of(run)
-    names = stages_of(run, values.stages)
-    review = reviewed(run, train, held, names, workers=values.workers)
-    fingerprints = {source.name: source.fingerprint() for source in train}
-    written = account.write(Path(values.out), review, Examples(train, held), fingerprints=fingerprints)
+    with Bar() as bar:
+        opened = gather.gather_unfiltered(
+            run, folder=Path(run.cache_dir) if run.cache_dir else cache.default_dir(), progress=bar.show
+        )
+        train, held = opened.train, [part.rows for part in opened.held]
+        names = stages_of(run, values.stages)
+        review = filters.review(train, held, names, run.audit, progress=bar.looking, workers=values.workers)
+        written = account.write(Path(values.out), review, Examples(train, held), bad=opened.bad)
     Console().print(account.table(review))
     for path in written:
         print(path)
     return 0
-
-
-def sources_of(run: Run) -> tuple[list[RowSource], list[RowSource]]:
-    """What the run trains on, and what it holds out."""
-    parts, held = prepare._open(run)
-    return [part.rows for part in parts], [part.rows for part in held]
 
 
 def stages_of(run: Run, named: str | None) -> tuple[str, ...]:
@@ -71,21 +67,26 @@ def stages_of(run: Run, named: str | None) -> tuple[str, ...]:
     return run.filters or filters.possible(run.audit)
 
 
-def reviewed(
-    run: Run, train: Sequence[RowSource], held: Sequence[RowSource], names: Sequence[str], *, workers: int
-) -> Review:
-    """The review, with a bar on the way."""
-    columns = (TextColumn("looking at rows"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("rows", total=sum(map(len, (*train, *held))))
-        return filters.review(
-            train,
-            held,
-            names,
-            run.audit,
-            progress=lambda done, total: bar.update(task, completed=done, total=total),
-            workers=workers,
-        )
+class Bar:
+    """What goes on, and how far it is, on the way to the terminal's other output."""
+
+    def __init__(self) -> None:
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        self._progress = Progress(*columns, console=Console(stderr=True), transient=True)
+        self._task = self._progress.add_task("opening the data", total=None)
+
+    def __enter__(self) -> "Bar":
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def show(self, what: str, done: int, total: int) -> None:
+        self._progress.update(self._task, description=what, completed=done, total=total)
+
+    def looking(self, done: int, total: int) -> None:
+        self.show("looking at rows", done, total)
 
 
 if __name__ == "__main__":

@@ -192,6 +192,7 @@ class Reviewed:
     tagged: Mapping[str, int]
     unreadable: Mapping[str, int]  # reason -> rows; kept, for whoever encodes them to refuse
     files: tuple[str, ...]  # that the rows are in
+    fingerprint: str  # of the source
 
 
 @dataclass(frozen=True)
@@ -228,6 +229,7 @@ def _counts(one: Reviewed) -> dict[str, Any]:
         "masked": dict(one.masked),
         "tagged": dict(one.tagged),
         "unreadable": dict(one.unreadable),
+        "fingerprint": one.fingerprint,
     }
 
 
@@ -283,7 +285,16 @@ def _reviewed(
     dropped, masked, tagged = (dict(counts[action].most_common()) for action in ("drop", "mask", "tag"))
     kept = np.flatnonzero(keeps).astype(np.int64)
     return Reviewed(
-        source.name, split, len(source), kept, dropped, masked, tagged, dict(unreadable), tuple(sorted(files))
+        source.name,
+        split,
+        len(source),
+        kept,
+        dropped,
+        masked,
+        tagged,
+        dict(unreadable),
+        tuple(sorted(files)),
+        source.fingerprint(),
     )
 
 
@@ -318,10 +329,12 @@ def filtered(
 
 
 def fingerprint(names: Sequence[str], options: Filters) -> str:
-    """Changes with the stages, their settings, their word lists and their versions."""
+    """Changes with the stages, their settings, the files that these name, and their versions."""
     versions = [VERSION, privacy.VERSION, toxicity.VERSION, quality.VERSION]
     lists = [words.fingerprint for words in toxicity.read_word_lists(options.word_lists)] if "toxic" in names else []
-    text = json.dumps([versions, list(names), dataclasses.asdict(options), lists], sort_keys=True)
+    leaks = "leakage" in names and options.leakage_files
+    items = [source.fingerprint() for source in sources.open_files(options.leakage_files)] if leaks else []
+    text = json.dumps([versions, list(names), dataclasses.asdict(options), lists, items], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 

@@ -23,6 +23,7 @@ from itjax.base.schema import Filters
 from itjax.data import filters, privacy, quality, toxicity
 from itjax.data.filters import Examples, Review, Reviewed
 from itjax.data.privacy import Names, Span
+from itjax.data.sources import BadRow
 from itjax.evaluation import page
 from itjax.evaluation.chart import percent
 from itjax.evaluation.page import escape
@@ -85,8 +86,8 @@ def clusters(findings: Iterable[Finding]) -> list[Cluster]:
 # --- the manifest -----------------------------------------------------------------------------------------------------
 
 
-def manifest(review: Review, *, fingerprints: Mapping[str, str]) -> dict[str, Any]:
-    """The whole account, ready for JSON. `sha256` is of all the rest, written as `content` writes it."""
+def manifest(review: Review, *, bad: Iterable[BadRow] = ()) -> dict[str, Any]:
+    """The whole account, ready for JSON. `bad` rows were skipped; `sha256` is of the rest, as `content` writes it."""
     account = {
         "itjax": __version__,
         "versions": {
@@ -97,7 +98,8 @@ def manifest(review: Review, *, fingerprints: Mapping[str, str]) -> dict[str, An
         },
         "stages": list(review.names),
         "options": dataclasses.asdict(review.options),
-        "sources": {name: {**counts, "fingerprint": fingerprints[name]} for name, counts in review.counts().items()},
+        "sources": review.counts(),
+        "skipped": dict(Counter(row.reason for row in bad).most_common()),
         "held_out": [
             {"source": one.name, "rows": one.rows, "tagged": dict(one.tagged), "unreadable": dict(one.unreadable)}
             for one in review.reviewed
@@ -165,9 +167,9 @@ def _sha256_of(parts: Iterable[bytes | str]) -> str:
     return digest.hexdigest()
 
 
-def write(folder: Path, review: Review, examples: Examples, *, fingerprints: Mapping[str, str]) -> list[Path]:
+def write(folder: Path, review: Review, examples: Examples, *, bad: Iterable[BadRow] = ()) -> list[Path]:
     """folder/findings.jsonl, manifest.json and report.html."""
-    account = manifest(review, fingerprints=fingerprints)
+    account = manifest(review, bad=bad)
     write_whole(folder / FINDINGS, "".join(filters.lines(review.findings)))
     write_whole(folder / MANIFEST, json.dumps(account, indent=1, ensure_ascii=False) + "\n")
     write_whole(folder / PAGE, as_page(review, examples, account))
