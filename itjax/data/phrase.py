@@ -35,8 +35,9 @@ class Phrased:
     """Rows in the words of a family. A source of conversations, `editions` times as long as its rows.
 
     `pool` is where worked examples come from: rows that are never evaluated on, without the row itself. `few_shot` is
-    how many at most: a row gets 0 to `few_shot`, drawn evenly. `inverted` is the share of rows whose answer is given and
-    whose question is asked for. For training ("train") a held-out phrasing is refused.
+    how many at most: a row gets 0 to `few_shot`, drawn evenly, as many of them as the family's budget and `room` leave,
+    which is what a conversation may measure as a whole. `inverted` is the share of rows whose answer is given and whose
+    question is asked for. For training ("train") a held-out phrasing is refused.
     """
 
     def __init__(
@@ -52,30 +53,20 @@ class Phrased:
         inverted: float = 0.0,
         pool: Rows | None = None,
         editions: int = 1,
+        room: int | None = None,
         measure: Callable[[str], int] = len,
     ) -> None:
         assert split in SPLITS, split
         self.name, self.editions, self.rows, self.family = rows.name, editions, rows, family
-        self._columns, self._seed, self._few_shot, self._inverted = dict(columns or {}), seed, few_shot, inverted
-        self._pool, self._measure, self._split, self._phrasings = pool, measure, split, phrasings
+        self._columns, self._seed, self._split, self._phrasings = dict(columns or {}), seed, split, phrasings
+        self._few_shot, self._inverted, self._pool = few_shot, inverted, pool
+        self._room, self._measure = room, measure
         place = f"source {rows.name!r}"
         _check_columns(self._columns, family, place)
-        self._templates = _usable(templates.selected(family, phrasings), split, few_shot, family, place)
-        is_one = phrasings not in ("seen", "heldout", "all")
-        self._direct = [one for one in self._templates if is_one or not one.inverted]
-        self._turned = [one for one in self._templates if one.inverted and not is_one]
-        if inverted > 0 and not self._turned:
-            raise ValueError(
-                f"{place}: inverted is {inverted}, and family {family.name!r} has no such phrasings; use 0"
-            )
-        if inverted < 1 and not self._direct:
-            raise ValueError(
-                f"{place}: all {phrasings} phrasings of family {family.name!r} are inverted; use inverted=1"
-            )
+        usable = _usable(templates.selected(family, phrasings), split, few_shot, family, place)
+        self._direct, self._turned = _groups(usable, phrasings, inverted, family, place)
         if few_shot and (pool is None or not len(pool)):
-            raise ValueError(
-                f"{place}: few_shot is {few_shot}, and there is no row to take worked examples from; use 0"
-            )
+            raise ValueError(f"{place}: few_shot is {few_shot}, and no row can be a worked example; use few_shot=0")
 
     def __len__(self) -> int:
         return len(self.rows) * self.editions
@@ -139,7 +130,7 @@ class Phrased:
 
     def fingerprint(self) -> str:
         """Changes with whatever changes the conversations."""
-        settings = (self._seed, self._columns, self._few_shot, self._inverted, self.editions)
+        settings = (self._seed, self._columns, self._few_shot, self._inverted, self.editions, self._room)
         chosen = (self._split, self._phrasings, getattr(self._measure, "__qualname__", type(self._measure).__name__))
         pool = self._pool.fingerprint() if self._pool is not None and self._few_shot else ""
         parts = (VERSION, self.name, self.rows.fingerprint(), fingerprint(self.family), pool, settings, chosen)
@@ -177,7 +168,7 @@ class Phrased:
         if not wanted or self._pool is None or not _is_plain(asked):
             return []
         found: list[Exemplar] = []
-        left = self.family.few_shot.budget
+        left = self._left_beside(asked)
         seen = {lots.key}
         for attempt in range(ATTEMPTS * wanted):
             exemplar = self._exemplar(lots.number(f"exemplar {attempt}") % len(self._pool), template, asked, lots, seen)
@@ -190,6 +181,13 @@ class Phrased:
             if len(found) == wanted:
                 break
         return found
+
+    def _left_beside(self, asked: Rendered) -> int:
+        """How much worked examples may measure together."""
+        if self._room is None:
+            return self.family.few_shot.budget
+        taken = sum(self._measure(message.content) for message in asked.conversation.messages)
+        return min(self.family.few_shot.budget, self._room - taken)
 
     def _exemplar(
         self, number: int, template: Template, asked: Rendered, lots: Lots, seen: set[str]
@@ -239,6 +237,20 @@ def _check_columns(columns: Mapping[str, str], family: Family, place: str) -> No
                 f"{place}: columns: {name!r} is no field of family {family.name!r}; "
                 f"{templates.nearest(name, family.fields)}"
             )
+
+
+def _groups(
+    usable: Sequence[Template], phrasings: str, inverted: float, family: Family, place: str
+) -> tuple[list[Template], list[Template]]:
+    """Direct and inverted phrasings. One that was asked for by name is used as it is."""
+    if phrasings not in ("seen", "heldout", "all"):
+        return list(usable), list(usable)
+    direct, turned = ([one for one in usable if one.inverted == is_turned] for is_turned in (False, True))
+    if inverted > 0 and not turned:
+        raise ValueError(f"{place}: inverted is {inverted}, and family {family.name!r} has no such phrasings; use 0")
+    if inverted < 1 and not direct:
+        raise ValueError(f"{place}: all {phrasings} phrasings of family {family.name!r} are inverted; use inverted=1")
+    return direct, turned
 
 
 def _usable(chosen: Sequence[Template], split: str, few_shot: int, family: Family, place: str) -> tuple[Template, ...]:

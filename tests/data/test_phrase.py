@@ -300,6 +300,15 @@ def test_worked_examples_are_cut_to_the_budget():
     assert set(words) == {0, 1, 2, 3}
 
 
+def test_worked_examples_leave_room_for_the_question():
+    rows = questions(100)
+    for made in all_of(phrased(rows, few_shot=3, pool=rows, phrasings="a", room=60)):
+        assert sum(len(message.content) for message in made.messages) <= 60
+    counts = Counter(len(phrase.exemplars(made)) for made in all_of(phrased(rows, few_shot=3, pool=rows, room=60)))
+    assert set(counts) == {0, 1, 2}
+    assert not [made for made in all_of(phrased(rows, few_shot=3, pool=rows, room=5)) if phrase.exemplars(made)]
+
+
 def count_words(text):
     return len(text.split())
 
@@ -453,7 +462,7 @@ def test_bad_rows_are_left_out_and_counted(tmp_path):
     "change, message",
     [
         ({"phrasings": "aa"}, r"family 'sums': phrasings: 'aa' is unknown; did you mean 'a'\?"),
-        ({"few_shot": 1}, "few_shot is 1, and there is no row to take worked examples from"),
+        ({"few_shot": 1}, "few_shot is 1, and no row can be a worked example"),
         ({"columns": {"qestion": "q"}}, r"columns: 'qestion' is no field of family 'sums'; did you mean 'question'\?"),
         (
             {"family": library.family("coding"), "phrasings": "heldout", "split": "eval", "inverted": 0.5},
