@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from itjax.data import files, layouts, shapes
+from itjax.data import binary, cells, files, layouts, shapes
 from itjax.data.files import Bytes
-from itjax.data.layouts import PLACE, Layout, Place
+from itjax.data.places import PLACE, Layout, Place
 from itjax.data.strict_json import RowError
 
 VERSION = 1  # of the index and of how rows are found; a new number makes all of them anew
@@ -82,7 +82,7 @@ def open_file(path: str, reading: Reading, *, cache_dir: Path) -> File:
 
 
 def _is_parquet(data: Bytes) -> bool:
-    return data.size >= 4 and data.read(0, 4) == layouts.PARQUET
+    return data.size >= 4 and data.read(0, 4) == binary.PARQUET
 
 
 def _open_small(data: Bytes, reading: Reading) -> File:
@@ -100,8 +100,8 @@ def _build(original: Bytes, reading: Reading, folder: Path) -> None:
     data = _copied(original, folder, longest=reading.longest)
     digest = _digest(data)
     kind, facts = layouts.look(data, columns=reading.columns.values(), longest=reading.longest)
-    if kind == layouts.Parquet.kind:
-        facts = layouts.unpack_parquet(data, folder / "arrow")
+    if kind == binary.Parquet.kind:
+        facts = binary.unpack_parquet(data, folder / "arrow")
         (folder / "arrow").rename(folder / CONTENT)
         data = Bytes(str(folder / CONTENT), original.origin, original.seen)
     layout = layouts.LAYOUTS[kind](data, facts, longest=reading.longest)
@@ -207,7 +207,7 @@ def _row(layout: Layout, place: Place) -> Any:
 
 def _notes(layout: Layout, counts: _Counts) -> tuple[str, ...]:
     notes = []
-    if layout.kind == layouts.Cells.kind:
+    if layout.kind == cells.Cells.kind:
         names = ", ".join(layout.facts["names"])
         what = "the first line names the columns" if layout.facts["header"] else "columns have no names but numbers"
         notes.append(f"{layout.data.origin}: {what}: {names}")

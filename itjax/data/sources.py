@@ -18,10 +18,10 @@ import numpy as np
 
 from itjax.base.files import write_whole
 from itjax.base.records import Conversation
-from itjax.data import files, index, layouts, shapes
+from itjax.data import files, index, shapes
 from itjax.data.files import LONGEST_ROW
 from itjax.data.index import File, Reading
-from itjax.data.layouts import Place
+from itjax.data.places import Place
 from itjax.data.processes import spread
 from itjax.data.strict_json import RowError
 
@@ -152,8 +152,7 @@ class FileSource:
             raise BadRow(file.key(place), error.reason, str(error)) from None
 
     def _mapped(self, file: File, row: Any) -> Any:
-        is_table = file.layout.kind in (layouts.Cells.kind, layouts.Parquet.kind)
-        return shapes.mapped(row, self._reading.columns, positions=is_table)
+        return shapes.mapped(row, self._reading.columns, positions=file.layout.is_table)
 
     def _conversation(self, file: File, place: Place, row: Any) -> Conversation:
         return shapes.conversation(
@@ -201,29 +200,29 @@ class Subset:
     def __init__(self, source: RowSource, indices: Sequence[int] | np.ndarray, name: str | None = None) -> None:
         self.name = source.name if name is None else name
         self._source = source
-        self._indices = np.asarray(indices, dtype=np.int64)
+        self.indices = np.asarray(indices, dtype=np.int64)
 
     def __len__(self) -> int:
-        return len(self._indices)
+        return len(self.indices)
 
     def conversation(self, index: int) -> Conversation:
-        return self._source.conversation(int(self._indices[index]))
+        return self._source.conversation(int(self.indices[index]))
 
     def conversations(self, indices: Sequence[int] | np.ndarray) -> list[Conversation]:
-        return conversations(self._source, self._indices[np.asarray(indices, np.int64)])
+        return conversations(self._source, self.indices[np.asarray(indices, np.int64)])
 
     def row(self, index: int) -> Mapping[str, Any]:
-        return self._rows().row(int(self._indices[index]))
+        return self._rows().row(int(self.indices[index]))
 
     def key(self, index: int) -> str:
-        return self._rows().key(int(self._indices[index]))
+        return self._rows().key(int(self.indices[index]))
 
     def notes(self) -> list[str]:
         return notes(self._source)
 
     def fingerprint(self) -> str:
         parts = f"subset 1\n{self.name}\n{self._source.fingerprint()}\n".encode()
-        return hashlib.sha256(parts + self._indices.astype("<i8").tobytes()).hexdigest()
+        return hashlib.sha256(parts + self.indices.astype("<i8").tobytes()).hexdigest()
 
     def _rows(self) -> Rows:
         if not isinstance(self._source, Rows):
