@@ -325,12 +325,6 @@ def render(
     system, prompt, answer, exemplar = [text.strip() for text in filled] if template.trim else filled
     silent = {one.kind: row.values[name] for name, one in family.fields.items() if _travels(name, one, said, row)}
     calls = silent.get("calls", ())
-    references = [
-        row.values[name] for name, one in family.fields.items() if one.kind == "references" and name in row.values
-    ]
-    tags = {"template_split": "heldout" if template.heldout else "seen", "kind": family.name}
-    if references and not template.inverted:
-        tags["references"] = json.dumps(references[0], ensure_ascii=False)
     if not answer.strip() and not calls:
         raise RowError(f"{place}: the answer is empty; each row needs an answer to learn", "the answer is empty")
     turns = [Message("system", system)] if system else []
@@ -342,10 +336,18 @@ def render(
         source=source,
         key=lots.key,
         template=f"{family.name}/{template.name}",
-        tags=tags,
+        tags=_tags(family, template, row),
         tools=silent.get("tools", ()),
     )
     return Rendered(system, prompt, answer, exemplar, made)
+
+
+def _tags(family: Family, template: Template, row: Row) -> dict[str, str]:
+    tags = {"template_split": "heldout" if template.heldout else "seen", "kind": family.name}
+    for name, one in family.fields.items():
+        if one.kind == "references" and name in row.values and not template.inverted:
+            tags["references"] = json.dumps(row.values[name], ensure_ascii=False)
+    return tags
 
 
 def _travels(name: str, one: Field, said: frozenset[str], row: Row) -> bool:
