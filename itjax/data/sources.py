@@ -200,7 +200,7 @@ class Subset:
     def __init__(self, source: RowSource, indices: Sequence[int] | np.ndarray, name: str | None = None) -> None:
         self.name = source.name if name is None else name
         self._source = source
-        self.indices = np.asarray(indices, dtype=np.int64)
+        self.indices = np.asarray(indices, dtype=np.int64)  # of the rows of the source
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -213,6 +213,11 @@ class Subset:
 
     def row(self, index: int) -> Mapping[str, Any]:
         return self._rows().row(int(self.indices[index]))
+
+    def rows(self, indices: Sequence[int] | np.ndarray) -> list[Mapping[str, Any]]:
+        wanted, source = self.indices[np.asarray(indices, np.int64)], self._rows()
+        read = getattr(source, "rows", None)
+        return read(wanted) if callable(read) else [source.row(int(index)) for index in wanted]
 
     def key(self, index: int) -> str:
         return self._rows().key(int(self.indices[index]))

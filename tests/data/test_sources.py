@@ -79,6 +79,8 @@ def test_rows_are_fields_for_templates(tmp_path):
     assert isinstance(subset, Rows)
     assert subset.row(1) == source.row(0) == {"question": "2 + 2?", "answer": "4", "prompt": "2 + 2?"}
     assert subset.key(1) == source.key(0) == f"{path}:1"
+    assert subset.rows([1, 1]) == [source.row(0)] * 2
+    assert subset.indices.tolist() == [1, 0]
     with pytest.raises(BadRow, match=f"^{path}:2: the row is a list, not an object"):
         source.row(1)
 
