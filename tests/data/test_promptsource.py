@@ -3,6 +3,7 @@
 import functools
 import json
 import random
+import re
 
 import jinja2
 import pytest
@@ -137,25 +138,30 @@ def _names(made):
             yield from (name for name in _names(part) if name not in bound)
 
 
-def test_published_renders_of_the_same_templates_are_ours(shared_data):
-    """T0's training data: sentence and concepts, read back from one template's text, give the texts of the others."""
+PUBLISHED = {  # file of promptsource -> the published file that rows are read back from
+    "common_gen": "sentence_to_concepts",
+    "commonsense_qa": "question_answering",
+    "cosmos_qa": "context_description_question_answer_id",
+}
+DRAWN = ("topic_to_sentence", "random_task_template_prompt", "choice_in_concept_centric_sentence_generation")
+
+
+@pytest.mark.parametrize("dataset, told", PUBLISHED.items())
+def test_published_renders_of_the_same_templates_are_ours(shared_data, dataset, told):
+    """T0's training data: rows read back from one template's texts give the texts of all others of the dataset."""
     folder = shared_data / "t0_templates/visible"
-    family = promptsource.read(shared_data / "promptsource/visible/common_gen.yaml").family
-    rows = [_common_gen(line) for line in _lines(folder / "common_gen_sentence_to_concepts.jsonl")]
-    assert len(rows) >= 100
+    family = promptsource.read(shared_data / f"promptsource/visible/{dataset}.yaml").family
+    rows = [READ_BACK[dataset](*_stripped(line)) for line in _lines(folder / f"{dataset}_{told}.jsonl")]
+    assert len(rows) == 200
     compared = 0
-    for title, name in (
-        ("Example prompt", "Example_prompt"),
-        ("Given concepts type 1", "Given_concepts_type_1"),
-        ("Given concepts - type 2", "Given_concepts_type_2"),
-        ("Put together", "Put_together"),
-        ("topics from the sentence", "topics_from_the_sentence"),
-    ):
-        published = _lines(folder / f"common_gen_{name}.jsonl")
-        for row, line in zip(rows, published, strict=True):
-            assert ours(family, family.template(title), row) == _stripped(line)
+    for template in family.templates:
+        name = re.sub("[^A-Za-z0-9]+", "_", template.name)
+        if name in DRAWN:  # they drew other words than we do
+            continue
+        for row, line in zip(rows, _lines(folder / f"{dataset}_{name}.jsonl"), strict=True):
+            assert ours(family, template, row) == _stripped(line)
             compared += 1
-    assert compared == 5 * len(rows)
+    assert compared == 200 * {"common_gen": 6, "commonsense_qa": 5, "cosmos_qa": 13}[dataset]
 
 
 def _lines(path):
@@ -166,10 +172,27 @@ def _stripped(line):
     return line["prompt"].strip(), line["completion"].removesuffix("<|endoftext|>").strip()
 
 
-def _common_gen(line):
-    prompt, concepts = _stripped(line)
+def _common_gen(prompt, answer):
     target = prompt.removeprefix("We have the sentence: ").removesuffix("; \nExtract all the key concepts:")
-    return {"concepts": concepts.split(", "), "target": target}
+    return {"concepts": answer.split(", "), "target": target}
+
+
+def _commonsense_qa(prompt, answer):
+    question, *options = re.split(r"\n+- ", prompt)
+    letters = "ABCDE"[: len(options)]
+    key = letters[options.index(answer)]
+    return {"question": question, "choices": {"text": options, "label": list(letters)}, "answerKey": key}
+
+
+def _cosmos_qa(prompt, answer):
+    context, rest = prompt.split("\nAccording to the above context, choose", 1)
+    question, options = rest.split("\nQuestion: ", 1)[1].split("\nOptions:\nA. ")
+    answers = re.split(r"\n[BCD]\. ", options)
+    named = {f"answer{number}": text for number, text in enumerate(answers)}
+    return {"context": context, "question": question, "label": "ABCD".index(answer), **named}
+
+
+READ_BACK = {"common_gen": _common_gen, "commonsense_qa": _commonsense_qa, "cosmos_qa": _cosmos_qa}
 
 
 @pytest.mark.parametrize(
