@@ -17,7 +17,7 @@ import datetime
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from itertools import pairwise
 from pathlib import Path
@@ -57,6 +57,7 @@ class ChatTemplate:
     today: datetime.date = TODAY
     omits: bool = False  # whether it may leave out what it has no place for
     literal_arguments: bool = False  # arguments that are JSON in a text stay a text
+    in_parts: bool = False  # content is a list of parts, as templates of models that see expect it
     variables: Mapping[str, Any] = field(default_factory=dict)  # further ones the template reads
 
     rewrites_history = True  # perhaps; it is looked at turn by turn
@@ -74,8 +75,22 @@ class ChatTemplate:
             place=str(folder),
             tool_source=named.get(TOOL_USE, ""),
         )
-        template.check()
+        try:
+            template.check()
+        except ValueError:
+            in_parts = replace(template, in_parts=True)
+            if not in_parts.renders():
+                raise
+            return in_parts
         return template
+
+    def renders(self) -> bool:
+        """Whether a conversation can be written and cut."""
+        try:
+            self.check()
+        except ValueError:
+            return False
+        return True
 
     def check(self) -> None:
         """Whether it renders at all, and ends an assistant's turn with a control token."""
@@ -183,13 +198,8 @@ class ChatTemplate:
     def _turn(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]) -> tuple[int, int, str]:
         """Of the last message: where its prompt ends, where its terminator ends, and the text up to there."""
         turn, message = len(messages) - 1, messages[-1]
-        prompt = self._rendered(messages[:-1], tools, asks=True).text
         answer = self._rendered(messages, tools)
-        if not answer.text.startswith(prompt):
-            raise CannotWrite(
-                f"{self.place}: the prompt of turn {turn} is not how the turn begins: {difference(prompt, answer.text)}",
-                "prompt of a turn is not its beginning",
-            )
+        prompt = self._prompt_of(messages, tools, answer.text)
         ends = [(a, b) for a, b in answer.controls if a >= len(prompt)]
         known = (self.terminator, *CALL_ENDS) if message.tool_calls else (self.terminator,)
         stops = [b for a, b in ends if answer.text[a:b] in known]
@@ -202,6 +212,20 @@ class ChatTemplate:
         if not self.omits:
             self._check_said(message, said, turn)
         return len(prompt), stops[-1], answer.text[: stops[-1]]
+
+    def _prompt_of(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]], answer: str) -> str:
+        """The prompt that the answer continues: the template's, or the one that asks for (or without) a thought."""
+        default = self._rendered(messages[:-1], tools, asks=True).text
+        if answer.startswith(default):
+            return default
+        switched = self._rendered(messages[:-1], tools, asks=True, thinking=bool(messages[-1].reasoning)).text
+        if answer.startswith(switched):
+            return switched
+        turn = len(messages) - 1
+        raise CannotWrite(
+            f"{self.place}: the prompt of turn {turn} is not how the turn begins: {difference(default, answer)}",
+            "prompt of a turn is not its beginning",
+        )
 
     def _check_said(self, message: Message, said: str, turn: int) -> None:
         parts = [
@@ -268,11 +292,11 @@ class ChatTemplate:
 
     def _spellings(self, messages: Sequence[Message]) -> Iterator[list[dict[str, Any]]]:
         """Templates differ in what they take: arguments as an object or a text, content of a call empty or none."""
-        yield spelt(messages, literal=self.literal_arguments, nothing="")
-        if any(message.tool_calls for message in messages):
-            yield spelt(messages, literal=self.literal_arguments, nothing=None)
-            yield spelt(messages, literal=not self.literal_arguments, nothing="")
-            yield spelt(messages, literal=not self.literal_arguments, nothing=None)
+        calls = any(message.tool_calls for message in messages)
+        for literal in (self.literal_arguments, not self.literal_arguments)[: 1 + calls]:
+            for nothing in ("", None)[: 1 + calls]:
+                written = spelt(messages, literal=literal, nothing=nothing)
+                yield [_in_parts(message) for message in written] if self.in_parts else written
 
     def _controls(
         self,
@@ -357,6 +381,11 @@ def _spelt(message: Message, *, literal: bool, nothing: str | None) -> dict[str,
     if message.tool_call_id is not None:
         fields["tool_call_id"] = message.tool_call_id
     return fields
+
+
+def _in_parts(fields: dict[str, Any]) -> dict[str, Any]:
+    content = fields["content"]
+    return fields | {"content": [{"type": "text", "text": content}] if content else []}
 
 
 def _spelt_call(call: ToolCall, *, literal: bool) -> dict[str, Any]:

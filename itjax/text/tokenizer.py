@@ -50,6 +50,7 @@ class Tokenizer(Protocol):
     """What the rest of the code knows about a tokenizer."""
 
     model: bytes  # the file it was made from
+    file_name: str  # what that file is called
     size: int
     bos: int | None
     eos: int | None
@@ -90,6 +91,8 @@ class SentencePiece:
     Pieces of the user's own definition that are written like control tokens (`<start_of_turn>`) are control tokens: the
     library would find them in any text, so such text is encoded in two halves.
     """
+
+    file_name: str = "tokenizer.model"
 
     def __init__(self, model: str | Path | bytes) -> None:
         self.model = model if isinstance(model, bytes) else _read(Path(model))
@@ -190,6 +193,8 @@ class HuggingFace:
 
     Added tokens that are special, or written like control tokens (`<think>`), are control tokens. No text becomes one.
     """
+
+    file_name: str = "tokenizer.json"
 
     def __init__(self, model: str | Path | bytes, config: Mapping[str, Any] | None = None) -> None:
         place = "tokenizer" if isinstance(model, bytes) else str(model)

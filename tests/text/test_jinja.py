@@ -80,6 +80,18 @@ def test_what_cannot_be_exact_is_refused_with_the_reason(source, message):
         opened_and_used(template(source))
 
 
+def test_a_turn_may_follow_the_prompt_that_asks_without_a_thought():
+    """Such templates open a thought unless told not to, and close it at once in answers that have none."""
+    switch = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}:{% if m.role == 'assistant' %}<think></think>{% endif %}"
+        "{{ m.content }}<|im_end|>{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant:"
+        "{{ '<think></think>' if enable_thinking is defined and not enable_thinking else '<think>go' }}{% endif %}"
+    )
+    assert learned(chat.render(conversation(*TALK[:2]), template(switch), prompt_weight=0.0)) == "Hello.<|im_end|>"
+    asked = chat.prompt(TALK[:1], template(switch), thinking=False)
+    assert text(asked).endswith("<think></think>")
+
+
 def test_tools_that_a_template_leaves_out_are_refused():
     call = Message("assistant", "", tool_calls=(ToolCall("weather", {}),))
     for row in (conversation(*TALK, tools=TOOLS), conversation(TALK[0], call)):
@@ -259,6 +271,14 @@ def test_a_folder_may_have_another_template_for_tools(tmp_path):
         '[{"type": "function"'
     )
     assert text(chat.render(conversation(*TALK), made, prompt_weight=0.0)).startswith("<|im_start|>")
+
+
+def test_a_template_of_a_model_that_sees_gets_content_in_parts(tmp_path):
+    in_parts = CHATML.replace("m.content", "m.content[0].text")
+    made = formats.resolve("hf", TOKENIZER, folder=folder(tmp_path, chat_template__jinja=in_parts))
+    segments = chat.render(conversation(*TALK[:2]), made, prompt_weight=0.0)
+    assert text(segments).startswith("<|im_start|>user\nHi<|im_end|>")
+    assert learned(segments) == "Hello.<|im_end|>"
 
 
 def test_a_folder_without_a_template_says_so(tmp_path):
