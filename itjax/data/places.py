@@ -8,6 +8,7 @@ A layout says where every row is (`places`) and what it holds (`fetch`, then `de
               number    0, or which conversation of a row that holds several: the address ends in `#number`
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
@@ -32,7 +33,7 @@ class Place(NamedTuple):
     number: int
 
 
-class Layout:
+class Layout(ABC):
     """One way of holding rows. `facts` are plain values that are kept with the index."""
 
     kind: ClassVar[str]
@@ -46,8 +47,9 @@ class Layout:
         """The head of a Natural-Instructions file: what all its rows have in common."""
         return self.facts.get("task")
 
+    @abstractmethod
     def places(self) -> Iterator[np.ndarray]:
-        raise NotImplementedError
+        """PLACEs of all rows, in order, some at a time."""
 
     def fetch(self, places: Sequence[Place]) -> list[Any]:
         """The bytes of rows, neighbours in one read; empty where the row is too long."""

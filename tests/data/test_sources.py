@@ -266,6 +266,37 @@ def test_whatever_stands_in_a_file_is_a_row_or_told(tmp_path_factory, rows):
         assert lines[int(row.key.rpartition(":")[2]) - 1].strip() != GOOD
 
 
+MARKS = [
+    b'"Instances": [',
+    b'{"Definition": "a",',
+    b'"prompt"',
+    b"prompt,completion\n",
+    b"\xef\xbb\xbf",
+    b"PAR1",
+    b"\x1f\x8b",
+]
+PIECES = st.sampled_from([*MARKS, GOOD]) | st.sampled_from([bytes([byte]) for byte in b'",\t\n\r{}[]\\:\0\xffa '])
+
+
+@given(
+    name=st.sampled_from(["a", "a.csv", "a.tsv", "a.json", "a.jsonl", "a.parquet"]),
+    pieces=st.lists(PIECES, max_size=12),
+)
+@settings(max_examples=400, deadline=None)
+def test_no_file_fails_in_another_way(tmp_path_factory, name, pieces):
+    folder = tmp_path_factory.mktemp("any")
+    (folder / name).write_bytes(b"".join(pieces))
+    try:
+        source = only(folder / name, cache_dir=folder / "kept", longest_row=1000)
+    except ValueError as error:
+        said = str(error)
+        assert said.startswith(f"{folder / name}:"), said
+        return
+    good, bad = usable(source, most=1)
+    assert len(good) + len(bad) == len(source)
+    assert all(row.key.startswith(f"{folder / name}:") for row in bad)
+
+
 # ---------------------------------------------------------------------------------------------- rows that cannot be used
 
 
