@@ -24,6 +24,7 @@ from itjax.data.templates import Family, Template, names
 
 PARTING = "|||"
 LARGEST = 4 << 20  # bytes of a file
+DEEPEST = 2  # loops inside each other: of a thousand turns each, so that no row takes long
 _FILTERS = {  # Jinja's name -> our operation, and the operands that stand for arguments not given
     "lower": ("lower", ()),
     "upper": ("upper", ()),
@@ -139,6 +140,7 @@ class _Translation:
     bound: dict[str, Expression] = field(default_factory=dict)
     made: dict[str, Expression] = field(default_factory=dict)
     draws: int = 0
+    depth: int = 0  # of loops
 
     def template(self, entry: Mapping[str, Any]) -> tuple[Template, dict[str, Expression]]:
         if entry.get("answer_choices"):
@@ -295,8 +297,11 @@ class _Translation:
         hidden = {name for value in (*self.bound.values(), self.choices or ()) for name in _free(value)}
         if hidden & {*names, "loop"}:  # what stands for a name would be read inside the loop
             raise _Refused("its loop reuses a name that something set before is made of")
+        self.depth += 1
+        if self.depth > DEEPEST:
+            raise _Refused(f"it has more than {DEEPEST} loops inside each other")
         body = self._joined(_flat(node.body))
-        self.bound = outer
+        self.bound, self.depth = outer, self.depth - 1
         return ("for", names, self._value(node.iter), body)
 
     def _filter(self, node: nodes.Filter) -> Expression:

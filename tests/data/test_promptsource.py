@@ -209,6 +209,9 @@ READ_BACK = {"common_gen": _common_gen, "commonsense_qa": _commonsense_qa, "cosm
         ("{{ a }} ||| {{ answer_choices[0] }}", "has none"),
         ("{% for x in a if x %}{{ x }}{% endfor %} ||| {{ b }}", "condition"),
         ("{{ cycler(1) }} ||| {{ b }}", "calls a function"),
+        ("{% for x in a %}" * 3 + "{{ x }}" + "{% endfor %}" * 3 + " ||| {{ b }}", "more than 2 loops"),
+        ("{% if a %}{% set x = b %}{% endif %}{{ x }} ||| {{ b }}", "sets a name in the middle"),
+        ("{% set y = x %}{% for x in a %}{{ y }}{% endfor %} ||| {{ b }}", "reuses a name"),
         ("{{ a * 10 ** 9 }} ||| {{ b }}", "Mul is not translated"),
     ],
 )
