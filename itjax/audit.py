@@ -64,7 +64,7 @@ def stages_of(run: Run, named: str | None) -> tuple[str, ...]:
     """The stages asked for; else those of the config; else all that have what they need."""
     if named:
         return tuple(name.strip() for name in named.split(",") if name.strip())
-    return run.filters or filters.possible(run.audit)
+    return run.filters or filters.possible(gather.options(run))
 
 
 class Bar:

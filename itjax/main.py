@@ -61,8 +61,9 @@ def train(run: Run, *, config: str) -> None:
     console.print(built.summary(run), highlight=False, markup=False, soft_wrap=True)
     account = manifest.manifest(data, built.loader)
     if cluster.writes():
-        manifest.write(run.run_dir, data, built.loader)
-        write_whole(Path(run.run_dir) / "tokenizer.model", data.tokenizer.model)
+        manifest.write(run.run_dir, account)
+        data.gathered.save(Path(run.run_dir))
+        write_whole(Path(run.run_dir) / data.tokenizer.file_name, data.tokenizer.model)
     with jax.set_mesh(built.mesh):
         loop.train(
             run,

@@ -66,6 +66,7 @@ class EncodedSource:
         self._summary = _read_summary(self.path)
         self.name: str = self._summary["name"]
         self.fingerprint: str = self._summary["fingerprint"]
+        self.rows_fingerprint: str = self._summary["rows_fingerprint"]  # the same however many editions there are
         self.report: dict[str, Any] = self._summary["report"]
         self._columns = columns = {name: _open_column(self.path, name, self._summary) for name in COLUMNS}
         self.tokens, self.weights = columns["tokens"], columns["weights"]
@@ -294,7 +295,13 @@ def _build(
     building.mkdir(mode=0o700)
     try:
         summary = _write_columns(source, encoding, building, workers=workers, progress=progress)
-        summary |= {"version": VERSION, "name": source.name, "fingerprint": fingerprint}
+        first = getattr(source, "first_edition", source)
+        summary |= {
+            "version": VERSION,
+            "name": source.name,
+            "fingerprint": fingerprint,
+            "rows_fingerprint": _fingerprint(first, encoding),
+        }
         with _create(building / SUMMARY) as file:
             file.write(json.dumps(summary, indent=1).encode())
             _sync(file)

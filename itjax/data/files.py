@@ -51,9 +51,7 @@ CACHE_ADVICE = "set cache_dir or XDG_CACHE_HOME to a folder with room that you m
 def find(patterns: str, *, data_dir: str = "") -> dict[str, list[str]]:
     """Names of sources and the paths of each: one file, or the shards `NAME-00000-of-00002` that belong together."""
     paths: dict[str, None] = {}
-    for pattern in filter(None, (pattern.strip() for pattern in patterns.split(","))):
-        is_whole = not data_dir or is_far(pattern) or pattern.startswith(("/", "~"))
-        pattern = pattern if is_whole else f"{data_dir.rstrip('/') or '/'}/{pattern}"
+    for pattern in filter(None, below(data_dir, patterns).split(",")):
         found = list(_far(pattern) if is_far(pattern) else _near(pattern))
         if not found:
             raise ValueError(
@@ -67,6 +65,18 @@ def find(patterns: str, *, data_dir: str = "") -> dict[str, list[str]]:
         folder, _, name = shown(path).rpartition("/")
         groups.setdefault(f"{folder}/{SHARD.sub('', stem(name))}", []).append(path)
     return dict(zip(_names(list(groups)), groups.values(), strict=True))
+
+
+def below(data_dir: str, patterns: str) -> str:
+    """Comma-separated patterns, those that are relative below `data_dir`."""
+    stripped = filter(None, (pattern.strip() for pattern in patterns.split(",")))
+    return ",".join(
+        pattern if _is_whole(pattern, data_dir) else f"{data_dir.rstrip('/')}/{pattern}" for pattern in stripped
+    )
+
+
+def _is_whole(pattern: str, data_dir: str) -> bool:
+    return not data_dir or is_far(pattern) or pattern.startswith(("/", "~"))
 
 
 def is_far(path: str) -> bool:

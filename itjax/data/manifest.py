@@ -3,6 +3,7 @@
 The shares planned are those the config asks for; those realised are counted over every example the run will serve.
 """
 
+import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -36,14 +37,16 @@ def manifest(data: Data, loader: Loader) -> dict[str, Any]:
         "held_out": [
             {"source": part.name, "template_split": part.template_split} | _rows(part.encoded) for part in data.held
         ],
+        **data.gathered.account(),
     }
-    return told | {"warnings": [*warnings(told), *_not_reached(loader)]}
+    told |= {"warnings": [*warnings(told), *_not_reached(loader)]}
+    return told | {"hash": hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()}
 
 
-def write(run_dir: str | Path, data: Data, loader: Loader) -> Path:
+def write(run_dir: str | Path, told: Mapping[str, Any]) -> Path:
     """run_dir/data_manifest.json, whole or as it was."""
     path = Path(run_dir) / FILE
-    write_whole(path, json.dumps(manifest(data, loader), indent=1) + "\n")
+    write_whole(path, json.dumps(told, indent=1) + "\n")
     return path
 
 

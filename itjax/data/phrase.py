@@ -61,6 +61,7 @@ class Phrased:
         self._columns, self._seed, self._split, self._phrasings = dict(columns or {}), seed, split, phrasings
         self._few_shot, self._inverted, self._pool = few_shot, inverted, pool
         self._room, self._measure = room, measure
+        self._is_keyed = True
         place = f"source {rows.name!r}"
         _check_columns(self._columns, family, place)
         usable = _usable(templates.selected(family, phrasings), split, few_shot, family, place)
@@ -100,6 +101,18 @@ class Phrased:
         refused = self.family.refused.items()
         return of_rows + [f"{self.family.name}: template {name!r} is left out: {reason}" for name, reason in refused]
 
+    @property
+    def first_edition(self) -> "Phrased":
+        """Each row once."""
+        return self.over(self.rows, editions=1)
+
+    @property
+    def alone(self) -> "Phrased":
+        """Each row once, without worked examples and in words that its key has no part in: equal rows say the same."""
+        other = self.first_edition
+        other._few_shot, other._inverted, other._is_keyed = 0, 0.0 if self._direct else 1.0, False
+        return other
+
     def _conversation(self, index: int, raw: Mapping[str, Any]) -> Conversation:
         """Raises BadRow for a row that cannot be put into words, whatever the phrasing."""
         edition, number = divmod(index, len(self.rows))
@@ -112,8 +125,9 @@ class Phrased:
 
     def _said(self, raw: Mapping[str, Any], key: str, edition: int) -> Conversation:
         row = templates.read(self.family, raw, columns=self._columns, place=key)
-        lots = Lots(self._seed, key, edition)
-        for template in self._candidates(row, key, edition):
+        drawn_by = key if self._is_keyed else ""
+        lots = Lots(self._seed, drawn_by, edition)
+        for template in self._candidates(row, drawn_by, edition):
             asked = templates.render(self.family, template, row, lots=lots, source=self.name, place=key)
             found = self._exemplars(template, asked, lots)
             if EXEMPLARS not in self.family.said[template.name]:
@@ -130,7 +144,15 @@ class Phrased:
 
     def fingerprint(self) -> str:
         """Changes with whatever changes the conversations."""
-        settings = (self._seed, self._columns, self._few_shot, self._inverted, self.editions, self._room)
+        settings = (
+            self._seed,
+            self._columns,
+            self._few_shot,
+            self._inverted,
+            self.editions,
+            self._room,
+            self._is_keyed,
+        )
         chosen = (self._split, self._phrasings, getattr(self._measure, "__qualname__", type(self._measure).__name__))
         pool = self._pool.fingerprint() if self._pool is not None and self._few_shot else ""
         parts = (VERSION, self.name, self.rows.fingerprint(), fingerprint(self.family), pool, settings, chosen)

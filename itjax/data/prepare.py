@@ -1,28 +1,30 @@
-"""From a config to encoded data: sources opened, a part of each held out, the tokenizer made or read, every example encoded."""
+"""From the rows of a run to encoded data: the tokenizer made or read, every example encoded, in as many editions as it is seen."""
 
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from itjax.base.files import write_whole
-from itjax.base.schema import Run, Source
-from itjax.data import cache, sources
+from itjax.base.schema import Run
+from itjax.data import cache, gather
 from itjax.data.cache import EncodedSource
 from itjax.data.encode import Encoding
+from itjax.data.gather import Gathered, Progress
 from itjax.data.loader import Loader, make_loader
-from itjax.data.sources import RowSource, Subset
+from itjax.data.phrase import Phrased
+from itjax.data.recipe import resolve
+from itjax.data.rows import size
+from itjax.data.sources import RowSource
 from itjax.data.tasks import TaskSource
-from itjax.text import formats, tokenizer
-from itjax.text.formats import Format
-from itjax.text.tokenizer import SentencePiece
+from itjax.text import chat, formats, tokenizer
+from itjax.text.tokenizer import Tokenizer
 
 TOKENIZER_VERSION = 2  # of how an automatic tokenizer is made; a new number makes all of them anew
 TOKENIZER_TEXTS = 200_000  # conversations that an automatic tokenizer is made from, spread evenly over all sources
-
-Progress = Callable[[str, int, int], None]  # (what, done, of how many)
+MOST_EDITIONS = 8  # other words for the same row: from then on they come again
 
 
 @dataclass(frozen=True)
@@ -36,96 +38,101 @@ class HeldOut:
 
 
 @dataclass(frozen=True)
-class Part:
-    """One source of a mixture: what is trained on, with its share of the examples (None: proportional to its rows)."""
-
-    rows: RowSource
-    weight: float | None
-
-
-@dataclass(frozen=True)
 class Data:
     """Everything about the data that training, showing, verifying and evaluating need."""
 
-    tokenizer: SentencePiece
-    format: Format
+    tokenizer: Tokenizer
+    format: chat.Writes
+    gathered: Gathered
     train: tuple[EncodedSource, ...]
-    weights: tuple[float | None, ...]
     empty: tuple[EncodedSource, ...]  # sources of which every row was dropped: left out of training
     held: tuple[HeldOut, ...]
 
     def notes(self) -> list[str]:
         """What was not taken as it stands in the files, a line each; nothing when all was."""
         reports = [source.report for source in (*self.train, *self.empty)]
-        rows = sum(report["rows"] for report in reports)
-        lines = [f"{source.name} is left out: {_why(source)}" for source in self.empty]
+        rows = sum(report["rows"] * report["editions"] for report in reports)
+        lines = self.gathered.notes()
+        lines += [f"{source.name} is left out: {_why(source)}" for source in self.empty]
         dropped = sum((Counter(report["dropped"]) for report in reports), Counter())
         lines += [f"{count:,} of {rows:,} examples dropped: {reason}" for reason, count in dropped.most_common()]
         truncated = sum(report["truncated"] for report in reports)
         return [*lines, f"{truncated:,} of {rows:,} examples truncated"] if truncated else lines
 
 
-@dataclass(frozen=True)
-class _HeldRows:
-    name: str
-    template_split: str | None
-    rows: RowSource
-    task: TaskSource | None = None
-
-
 def prepare(run: Run, *, progress: Progress) -> Data:
-    """Opens, splits and encodes the data of a run. Raises ValueError naming path and line of what cannot be used."""
-    parts, held = _open(run)
+    """Gathers and encodes the data of a run. Raises ValueError naming path and line of what cannot be used."""
     folder = Path(run.cache_dir) if run.cache_dir else cache.default_dir()
-    pieces = _tokenizer(run, [part.rows for part in parts], folder=folder, progress=progress)
-    fmt = formats.resolve(run.format, pieces)
+    gathered = gather.gather(run, folder=folder, progress=progress)
+    pieces = _tokenizer(run, gathered.train, folder=folder, progress=progress)
+    model_folder = run.tokenizer if Path(run.tokenizer).is_dir() else ""
     encoding = Encoding(
         tokenizer=pieces,
-        format=fmt.name,
+        format=run.format,
         length=run.length,
         truncation=run.truncation,
         prompt_weight=run.loss.prompt_weight,
+        learn=run.learn,
+        bad_rows=run.bad_rows,
+        folder=model_folder,
     )
 
-    total, before = sum(len(part.rows) for part in parts) + sum(len(part.rows) for part in held), 0
+    parts = gathered.held
+    encoded = _encode([part.rows for part in parts], encoding, folder=folder, progress=progress)
+    held = tuple(
+        HeldOut(part.name, part.template_split, source, part.task)
+        for part, source in zip(parts, encoded, strict=True)
+        if len(source)
+    )
+    editions = dict.fromkeys((rows.name for rows in gathered.train), 1)
+    while True:
+        rows = [gather.in_editions(part, editions[part.name]) for part in gathered.train]
+        train = _encode(rows, encoding, folder=folder, progress=progress)
+        kept = tuple(source for source in train if len(source))
+        if not kept:
+            raise ValueError(
+                f"config.files: no example is left to train on: {'; '.join(map(_why, train))}. "
+                f"Raise config.length (now {run.length}) or choose another config.truncation (now {run.truncation!r})"
+            )
+        empty = tuple(source for source in train if not len(source))
+        data = Data(tokenizer=pieces, format=encoding.fmt, gathered=gathered, train=kept, empty=empty, held=held)
+        wanted = editions | _editions(run, data)
+        if all(wanted[name] <= editions[name] for name in editions):
+            return data
+        editions = {name: max(wanted[name], editions[name]) for name in editions}
 
-    def encode(rows: RowSource) -> EncodedSource:
-        nonlocal before
-        source = cache.encode_source(
-            rows,
-            encoding,
-            cache_dir=folder,
-            workers=os.cpu_count() or 1,
-            progress=lambda done, _: progress("encoding", before + done, total),
+
+def _encode(
+    sources: Sequence[RowSource], encoding: Encoding, *, folder: Path, progress: Progress
+) -> list[EncodedSource]:
+    total, before = sum(len(rows) for rows in sources), 0
+    encoded = []
+    for rows in sources:
+
+        def told(done: int, _: int, before: int = before) -> None:
+            progress("encoding", before + done, total)
+
+        encoded.append(
+            cache.encode_source(rows, encoding, cache_dir=folder, workers=os.cpu_count() or 1, progress=told)
         )
         before += len(rows)
-        return source
+    return encoded
 
-    train = [(part, encode(part.rows)) for part in parts]
-    encoded = [(part, encode(part.rows)) for part in held]
-    kept = [(part, source) for part, source in train if len(source)]
-    if not kept:
-        raise ValueError(
-            f"config.files: no example is left to train on: {'; '.join(_why(source) for _, source in train)}. "
-            f"Raise config.length (now {run.length}) or choose another config.truncation (now {run.truncation!r})"
-        )
-    return Data(
-        tokenizer=pieces,
-        format=fmt,
-        train=tuple(source for _, source in kept),
-        weights=tuple(part.weight for part, _ in kept),
-        empty=tuple(source for _, source in train if not len(source)),
-        held=tuple(
-            HeldOut(part.name, part.template_split, source, part.task) for part, source in encoded if len(source)
-        ),
-    )
+
+def _editions(run: Run, data: Data) -> dict[str, int]:
+    """How many editions of each phrased source the run sees, by its plan."""
+    phrased = {rows.name for rows in data.gathered.train if isinstance(rows, Phrased)}
+    if not phrased:
+        return {}
+    served = loader(run, data, local_rows=range(run.rows), workers=0).report()["sources"]
+    return {name: min(MOST_EDITIONS, max(1, served[name]["epochs_begun"])) for name in served if name in phrased}
 
 
 def loader(run: Run, data: Data, *, local_rows: Sequence[int], workers: int) -> Loader:
     """The batches of a run, for a process that needs these rows of each."""
     return make_loader(
         data.train,
-        weights=data.weights,
+        weights=resolve(data.gathered.mixture, {source.name: size(source) for source in data.train}),
         length=run.length,
         rows=run.rows,
         steps=run.steps or None,
@@ -145,67 +152,10 @@ def _why(source: EncodedSource) -> str:
     return f"{source.name}: of {source.report['rows']} rows dropped {reasons}"
 
 
-def _open(run: Run) -> tuple[list[Part], list[_HeldRows]]:
-    parts: list[Part] = []
-    held: list[_HeldRows] = []
-
-    def add_file(rows: RowSource, weight: float | None) -> None:
-        if run.eval_files or not run.evaluation.examples:
-            parts.append(Part(rows, weight))
-            return
-        train, kept = sources.hold_out(
-            rows, examples=run.evaluation.examples, fraction=run.evaluation.fraction, seed=run.seed
-        )
-        parts.append(Part(train, weight))
-        if len(kept):
-            held.append(_HeldRows(rows.name, None, kept))
-
-    for rows in sources.open_files(run.files) if run.files else []:
-        add_file(rows, None)
-    for name, source in run.sources.items():
-        if source.task:
-            task = TaskSource(
-                source.task, examples=source.examples, seed=run.seed, split="train", phrasings=source.phrasings
-            )
-            parts.append(Part(_renamed(task, name), source.weight))
-            held.extend(_held_tasks(run, name, source))
-            continue
-        files = sources.open_files(source.files)
-        total = sum(len(rows) for rows in files)
-        for rows in files:
-            named = name if len(files) == 1 else f"{name}/{rows.name}"
-            add_file(_renamed(rows, named), source.weight and source.weight * len(rows) / total)
-    for rows in sources.open_files(run.eval_files) if run.eval_files else []:
-        held.append(_HeldRows(rows.name, None, rows))
-    names = [part.rows.name for part in parts]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise ValueError(f"config.sources: two sources are named {twice[0]!r}; give each its own name")
-    return parts, held
-
-
-def _renamed(rows: RowSource, name: str) -> RowSource:
-    return rows if rows.name == name else Subset(rows, range(len(rows)), name)
-
-
-def _held_tasks(run: Run, name: str, source: Source) -> Iterator[_HeldRows]:
-    """Rows of an embedded task that training never sees, in the phrasings it sees and in those it does not."""
-    count = max(run.evaluation.examples, run.evaluation.generate)
-    for template_split, phrasings in (("seen", source.phrasings), ("heldout", "heldout")):
-        if count:
-            task = TaskSource(source.task, examples=count, seed=run.seed, split="eval", phrasings=phrasings)
-            yield _HeldRows(name, template_split, _renamed(task, f"{name}/{template_split}"), task)
-
-
-def _tokenizer(run: Run, rows: Sequence[RowSource], *, folder: Path, progress: Progress) -> SentencePiece:
+def _tokenizer(run: Run, rows: Sequence[RowSource], *, folder: Path, progress: Progress) -> Tokenizer:
     """The tokenizer file of the config, or one made from the training rows and kept in the cache."""
     if run.tokenizer != "auto":
-        path = Path(run.tokenizer)
-        if not path.is_file():
-            raise ValueError(
-                f"config.tokenizer: {run.tokenizer}: no such file; name a SentencePiece model, or use auto to make one"
-            )
-        return SentencePiece(path)
+        return tokenizer.open(run.tokenizer)
     fingerprints = [source.fingerprint() for source in rows]
     shape = [TOKENIZER_VERSION, run.vocab_size, run.split_digits, TOKENIZER_TEXTS, *fingerprints]
     key = hashlib.blake2b(repr(shape).encode(), digest_size=16).hexdigest()
@@ -218,7 +168,7 @@ def _tokenizer(run: Run, rows: Sequence[RowSource], *, folder: Path, progress: P
             split_digits=run.split_digits,
         )
         write_whole(path, model)
-    return SentencePiece(path)
+    return tokenizer.open(path)
 
 
 def _texts(rows: Sequence[RowSource], progress: Progress) -> Iterator[str]:

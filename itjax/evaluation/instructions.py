@@ -13,7 +13,6 @@ from itjax.data.tasks import TaskSource
 from itjax.evaluation import tasks
 from itjax.models.model import Params
 from itjax.text import chat
-from itjax.text.formats import Format
 from itjax.text.tokenizer import Tokenizer
 
 Generate = Callable[[Params, Sequence[Sequence[int]]], list[list[int]]]  # prompts of ids -> answers of ids
@@ -36,7 +35,7 @@ def answer_scores(
     held: Sequence[HeldOut],
     *,
     tokenizer: Tokenizer,
-    fmt: Format,
+    fmt: chat.Writes,
     count: int,
     keep: Callable[[int, list[Answer]], None],
 ) -> Callable[[int, Params], list[dict[str, Any]]]:

@@ -49,7 +49,7 @@ def loader_of(run, data, mixture=None, *, steps=40, limits=()):
 def found(prepared):
     run, data, folder = prepared
     loader = loader_of(run, data)
-    path = manifest.write(folder / "run", data, loader)
+    path = manifest.write(folder / "run", manifest.manifest(data, loader))
     return json.loads(path.read_text()), loader
 
 

@@ -61,7 +61,7 @@ def test_an_embedded_task_is_held_out_in_seen_and_other_phrasings(run):
     sources = {"a": Source(task="triage", examples=30), "b": Source(files=run.files, weight=0.5)}
     data = prepare(dataclasses.replace(run, files="", sources=sources, length=400), progress=quiet)
     assert [source.name for source in data.train] == ["a", "b"]
-    assert data.weights == (None, 0.5)
+    assert [node.weight for node in data.gathered.mixture.members] == [None, 0.5]
     assert [(part.name, part.template_split) for part in data.held] == [("a", "seen"), ("a", "heldout"), ("b", None)]
 
 
