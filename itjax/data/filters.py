@@ -44,15 +44,13 @@ class Own:
 
 
 def _leakage(options: Filters, own: Own) -> Leakage:
-    files = sources.open_files(options.leakage_files) if options.leakage_files else []
-    rows = ((source.key(number), source.row(number)) for source in files for number in range(len(source)))
-    items = [*own.items, *leakage.items_of(rows)]
-    if not items:
+    if not options.leakage_files and not own.items:
         raise ValueError(
             "config.audit.leakage_files: the leakage stage has nothing to compare with; "
             "name the evaluations, e.g. --config.audit.leakage_files='evals/*.jsonl'"
         )
-    return Leakage(items, coverage=options.coverage)
+    listed = leakage.evaluation_texts(options.leakage_files) if options.leakage_files else ()
+    return Leakage([*own.items, *listed], coverage=options.coverage)
 
 
 STAGES: dict[str, Callable[[Filters, Own], Stage]] = {
