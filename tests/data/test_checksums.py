@@ -34,7 +34,6 @@ VALID = {
     checksums.brazil_cpf: ("39053344705",),
     checksums.india_aadhaar: ("234123412346",),
     checksums.china_resident: ("360426199101010071",),
-    checksums.korea_rrn: ("9710139019902",),
     checksums.singapore_nric: ("S1234567D", "F1234567N", "M1234567K"),
     checksums.mexico_curp: ("BOXW310820HNERXN09",),
     checksums.australia_tfn: ("123456782",),
@@ -43,7 +42,7 @@ CASES = [(holds, number) for holds, numbers in VALID.items() for number in numbe
 
 
 # Remainders of 11 that are cut to one digit miss a few mistakes, and a century is not part of the check.
-MISS_SOME = {checksums.brazil_cpf, checksums.korea_rrn, checksums.mexico_curp, checksums.sweden_personnummer}
+MISS_SOME = {checksums.brazil_cpf, checksums.mexico_curp, checksums.sweden_personnummer}
 
 
 def off_by_one(number, *, last_only):
@@ -76,6 +75,12 @@ def _holds(holds, number):
 def test_no_card(number):
     """A wrong last digit; a network that does not exist; a Visa of a length that is not issued."""
     assert not checksums.card(number)
+
+
+def test_a_korean_number_is_a_date_and_a_century():
+    assert checksums.korea_rrn("9710131019902")
+    assert not checksums.korea_rrn("9713131019902")
+    assert not checksums.korea_rrn("9710139019902")
 
 
 @pytest.mark.parametrize("number", ["GB29NWBK6016133192681", "XX29NWBK60161331926819"])
