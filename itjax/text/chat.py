@@ -12,7 +12,7 @@ data is never read as a control token.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from itertools import chain
+from itertools import chain, pairwise
 from typing import Any, Protocol
 
 import numpy as np
@@ -210,7 +210,7 @@ def encode_weighed(
     """
     rows = [stretches for stretches, _ in conversations]
     ids = _ids_with_spaces(rows, tokenizer) if tokenizer.space_before else _ids(rows, tokenizer)
-    return [_join(parts, weights) for parts, (_, weights) in zip(ids, conversations, strict=True)]
+    return _flat_rows(ids, [weights for _, weights in conversations])
 
 
 def _ids(rows: Sequence[Sequence[Stretch]], tokenizer: Tokenizer) -> list[list[list[int]]]:
@@ -238,10 +238,17 @@ def _kind(number: int, row: Sequence[Stretch], always: bool) -> str:
     return "begins" if number == 0 or (always and row[number - 1].special) else "goes on"
 
 
-def _join(parts: Sequence[Sequence[int]], weights: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
-    counts = [len(part) for part in parts]
-    ids = np.fromiter(chain.from_iterable(parts), dtype=np.int32, count=sum(counts))
-    return ids, np.repeat(np.array(weights, dtype=np.float32), counts)
+def _flat_rows(
+    ids: Sequence[Sequence[Sequence[int]]], weights: Sequence[Sequence[float]]
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """One array of all ids and one of all weights, cut into rows: far fewer calls of numpy than a row at a time."""
+    parts = list(chain.from_iterable(ids))
+    counts = np.fromiter(map(len, parts), np.int64, count=len(parts))
+    ends = np.concatenate([[0], np.cumsum(counts)])
+    bounds = ends[np.cumsum([0, *map(len, ids)])].tolist()
+    flat_ids = np.fromiter(chain.from_iterable(parts), np.int32, count=int(ends[-1]))
+    flat_weights = np.repeat(np.fromiter(chain.from_iterable(weights), np.float32, count=len(parts)), counts)
+    return [(flat_ids[start:stop], flat_weights[start:stop]) for start, stop in pairwise(bounds)]
 
 
 def stop_ids(fmt: Writes, tokenizer: Tokenizer) -> frozenset[int]:
