@@ -34,7 +34,10 @@ class Parquet(Layout):
     def fetch(self, places: Sequence[Place]) -> list[Any]:
         """Rows that follow each other inside a batch are turned into values together."""
         self.data.check()
-        table = _arrow(self.data.path)
+        try:
+            table = _arrow(self.data.path)
+        except OSError:
+            raise ValueError(f"{self.data.origin}: its copy in {self.data.path} is gone; start again") from None
         rows = [place.start for place in places]
         fetched: list[Any] = []
         while len(fetched) < len(rows):

@@ -62,7 +62,10 @@ class File:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         if self.folder is not None:
-            self.places = _open_places(self.folder / PLACES, state["places"])
+            try:
+                self.places = _open_places(self.folder / PLACES, state["places"])
+            except (OSError, ValueError):
+                raise ValueError(f"{self.name}: its index in {self.folder} is gone; start again") from None
 
 
 def open_file(path: str, reading: Reading, *, cache_dir: Path) -> File:

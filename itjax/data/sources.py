@@ -289,8 +289,9 @@ def usable(
             f"{source.name}: {len(bad):,} of {len(source):,} rows cannot be used ({counts}), more than max_bad_rows={most:g}: "
             f"{first}{'; ...' if len(bad) > SHOWN else ''}"
         )
-    good = np.setdiff1d(np.arange(len(source)), np.fromiter(bad, np.int64, len(bad)), assume_unique=True)
-    return Subset(source, good), list(bad.values())
+    is_good = np.ones(len(source), bool)
+    is_good[list(bad)] = False
+    return Subset(source, np.flatnonzero(is_good)), list(bad.values())
 
 
 def _checked(source: RowSource, *, workers: int) -> Iterator[tuple[int, dict[int, BadRow]]]:

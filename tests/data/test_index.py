@@ -4,7 +4,10 @@ import gzip
 import json
 import os
 import pickle
+import shutil
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from itjax.data import files, index
@@ -78,6 +81,22 @@ def test_another_reading_of_a_file_has_an_index_of_its_own(tmp_path, monkeypatch
     for _ in range(2):
         assert len(only(path)) == 2
         assert len(only(path, columns={"prompt": "english"})) == 1
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.parquet"])
+def test_a_copy_that_was_deleted_is_told(tmp_path, name):
+    path = tmp_path / name
+    if name == "a.parquet":
+        pq.write_table(pa.Table.from_pylist([{"prompt": "a", "completion": "b"}]), path)
+    else:
+        path.write_bytes(gzip.compress(b'{"prompt": "a", "completion": "b"}'))
+    source = only(path, cache_dir=tmp_path / "kept")
+    pickled = pickle.dumps(source)
+    shutil.rmtree(tmp_path / "kept")
+    with pytest.raises(ValueError, match=rf"^{path}: .*start again"):
+        source.conversation(0)
+    with pytest.raises(ValueError, match=rf"^{path}: its index in .* is gone; start again"):
+        pickle.loads(pickled)
 
 
 def test_small_files_leave_nothing_behind(tmp_path):
