@@ -12,7 +12,7 @@ from absl import flags
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from itjax import cli
+from itjax import __version__, cli
 from itjax.base import freeze
 from itjax.base.freeze import Fault
 from itjax.base.schema import Run
@@ -53,7 +53,7 @@ def command(argv: Sequence[str]) -> int:
         train, held = opened.train, [part.rows for part in opened.held]
         names = stages_of(run, values.stages)
         review = filters.review(train, held, names, run.audit, progress=bar.looking, workers=values.workers)
-        written = account.write(Path(values.out), review, Examples(train, held), bad=opened.bad)
+        written = account.write(Path(values.out), review, Examples(train, held), version=__version__, bad=opened.bad)
     Console().print(account.table(review))
     for path in written:
         print(path)

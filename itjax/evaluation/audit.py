@@ -16,7 +16,6 @@ from typing import Any
 from rich import markup
 from rich.table import Table
 
-from itjax import __version__
 from itjax.base.files import write_whole
 from itjax.base.records import Conversation, Finding
 from itjax.base.schema import Filters
@@ -86,10 +85,10 @@ def clusters(findings: Iterable[Finding]) -> list[Cluster]:
 # --- the manifest -----------------------------------------------------------------------------------------------------
 
 
-def manifest(review: Review, *, bad: Iterable[BadRow] = ()) -> dict[str, Any]:
+def manifest(review: Review, *, version: str, bad: Iterable[BadRow] = ()) -> dict[str, Any]:
     """The whole account, ready for JSON. `bad` rows were skipped; `sha256` is of the rest, as `content` writes it."""
     account = {
-        "itjax": __version__,
+        "itjax": version,
         "versions": {
             "filters": filters.VERSION,
             "personal": privacy.VERSION,
@@ -167,9 +166,9 @@ def _sha256_of(parts: Iterable[bytes | str]) -> str:
     return digest.hexdigest()
 
 
-def write(folder: Path, review: Review, examples: Examples, *, bad: Iterable[BadRow] = ()) -> list[Path]:
+def write(folder: Path, review: Review, examples: Examples, *, version: str, bad: Iterable[BadRow] = ()) -> list[Path]:
     """folder/findings.jsonl, manifest.json and report.html."""
-    account = manifest(review, bad=bad)
+    account = manifest(review, version=version, bad=bad)
     write_whole(folder / FINDINGS, "".join(filters.lines(review.findings)))
     write_whole(folder / MANIFEST, json.dumps(account, indent=1, ensure_ascii=False) + "\n")
     write_whole(folder / PAGE, as_page(review, examples, account))
