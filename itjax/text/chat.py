@@ -21,7 +21,7 @@ from itjax.base.records import Conversation, Message, Segment
 from itjax.base.schema import LEARN
 from itjax.text import writing
 from itjax.text.formats import BOS, EOS, Format
-from itjax.text.jinja import ChatTemplate
+from itjax.text.jinja import CALL_ENDS, ChatTemplate
 from itjax.text.pieces import AFTER, EDGE, FRAME, SAID, CannotWrite, Piece
 from itjax.text.tokenizer import Tokenizer
 
@@ -252,9 +252,10 @@ def _flat_rows(
 
 
 def stop_ids(fmt: Writes, tokenizer: Tokenizer) -> frozenset[int]:
-    """The ids that end an answer: the assistant's terminator, and the tokenizer's end of text."""
+    """The ids that end an answer: the assistant's terminator, the end of a call where there is one, the end of text."""
     terminator = fmt.terminator if isinstance(fmt, ChatTemplate) else _terminator(fmt)
-    return frozenset({_special_id(terminator, tokenizer)} | ({tokenizer.eos} if tokenizer.eos is not None else set()))
+    others = (tokenizer.eos, *(tokenizer.control(name) for name in CALL_ENDS))
+    return frozenset({_special_id(terminator, tokenizer), *(id for id in others if id is not None)})
 
 
 def _terminator(fmt: Format) -> str:

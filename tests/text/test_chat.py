@@ -261,6 +261,12 @@ def test_a_prompt_may_ask_for_an_answer_without_a_thought():
         assert text(chat.prompt(TURNS[:1], fmt, thinking=False)).endswith(without)
 
 
+def test_generation_stops_at_the_end_of_a_turn_of_a_call_and_of_text():
+    tokenizer = SentencePiece(train(["a"], size=320, controls=(*formats.FORMATS["llama3"].controls, "<|eom_id|>")))
+    stops = chat.stop_ids(formats.FORMATS["llama3"], tokenizer)
+    assert stops == {tokenizer.control("<|eot_id|>"), tokenizer.control("<|eom_id|>"), tokenizer.eos}
+
+
 # ------------------------------------------------------------------------------------------ data is inert
 
 PIECES = [
