@@ -108,7 +108,8 @@ def keep_reasoning(format: Format, kept: str) -> Format:
         raise ValueError(f"reasoning: {kept!r} is unknown. Known: {', '.join(KEPT)}")
     if format.reasoning is None:
         raise ValueError(f"format {format.name!r} has no place for reasoning; choose qwen3 or deepseek_r1")
-    return replace(format, reasoning=replace(format.reasoning, kept=kept))
+    prompted = format.reasoning.prompted and kept != "none"  # a prompt opens no thought that no answer has
+    return replace(format, reasoning=replace(format.reasoning, kept=kept, prompted=prompted))
 
 
 def _same_for(roles: Mapping[str, str], turn: Turn) -> dict[str, Turn]:

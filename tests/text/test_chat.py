@@ -226,6 +226,10 @@ def test_reasoning_can_be_kept_in_all_turns_or_in_none():
     assert learned(segments) == "<think>\nso b\n</think>\n\nb<|im_end|><think>\nso d\n</think>\n\nd<|im_end|>"
     stripped = formats.keep_reasoning(formats.FORMATS["qwen3"], "none")
     assert learned(chat.render(conversation(*THOUGHTS), stripped, prompt_weight=0.0)) == "b<|im_end|>d<|im_end|>"
+    deepseek = formats.keep_reasoning(formats.FORMATS["deepseek_r1"], "none")
+    assert text(chat.render(conversation(*THOUGHTS[:2]), deepseek, prompt_weight=0.0)).startswith(
+        text(chat.prompt(THOUGHTS[:1], deepseek))
+    )
     with pytest.raises(ValueError, match="'chatml' has no place for reasoning"):
         formats.keep_reasoning(formats.FORMATS["chatml"], "all")
 
