@@ -572,13 +572,21 @@ class Names:
 
 
 def masked(text: str, spans: Sequence[Span], names: Names | None = None) -> str:
-    """The text with a placeholder for every span: `<EMAIL_1>`."""
+    """The text with a placeholder for every span: `<EMAIL_1>`. Where a number of JSON was, it is in quotes."""
     names = names or Names([text])
+    is_json = bool(spans) and text.lstrip()[:1] in ("{", "[") and not isinstance(_parsed(text), str)
     parts, at = [], 0
     for start, stop, kind in spans:
-        parts += [text[at:start], names.name(kind, text[start:stop])]
+        name = names.name(kind, text[start:stop])
+        parts += [text[at:start], f'"{name}"' if is_json and _is_bare(text, start, stop) else name]
         at = stop
     return "".join([*parts, text[at:]])
+
+
+def _is_bare(text: str, start: int, stop: int) -> bool:
+    """Whether a stretch of JSON is a value without quotes."""
+    before, after = text[max(0, start - 8) : start].rstrip(), text[stop : stop + 8].lstrip()
+    return before[-1:] in (":", "[", ",") and after[:1] in (",", "]", "}")
 
 
 def mask(conversation: Conversation, findings: Iterable[Finding]) -> Conversation:

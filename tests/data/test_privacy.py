@@ -126,6 +126,11 @@ def test_reasoning_and_arguments_are_masked_and_json_stays_json():
     assert turn.tool_calls[1].arguments == {"to": "<EMAIL_1>"}
 
 
+def test_a_turn_of_json_stays_json():
+    said = masked(conversation('{"phone": 6022729781, "mails": ["a@x.org, 1"]}')).messages[0].content
+    assert json.loads(said) == {"phone": "<PHONE_1>", "mails": ["<EMAIL_1>, 1"]}
+
+
 def test_findings_say_where_in_a_tool_call():
     given = conversation("go", tool_calls=(ToolCall("send", {"to": ["x", "a@x.org"]}),))
     (finding,) = Personal(Filters()).look(Example(0, "train", given))

@@ -158,10 +158,11 @@ BAD = (
 
 @pytest.mark.parametrize("seed", BAD)
 def test_time_grows_with_the_text_and_no_faster(seed):
-    times = []
-    for size in (15_000, 60_000):
+    def seconds(size):
         started = time.process_time()
         look((seed * size)[:size], asked=(f"json only {seed}" * size)[:size])
-        times.append(time.process_time() - started)
+        return time.process_time() - started
+
+    times = [min(seconds(size) for _ in range(2)) for size in (15_000, 60_000)]
     assert times[1] < 1
     assert times[1] < 9 * times[0] + 0.02

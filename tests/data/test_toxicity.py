@@ -116,12 +116,13 @@ def test_a_classifier_that_gives_no_share_is_a_fault():
 @pytest.mark.parametrize("seed", ["one cup ", "one cup two ", "ass", "a$", "é", "a\u0301", "漢", "<", "a@", " "])
 def test_time_grows_with_the_text_and_no_faster(seed, listed):
     stage = Toxic(Filters(word_lists=listed))
-    times = []
-    for size in (20_000, 80_000):
-        text = (seed * size)[:size]
+
+    def seconds(text):
         started = time.process_time()
         look(stage, text)
-        times.append(time.process_time() - started)
+        return time.process_time() - started
+
+    times = [min(seconds((seed * size)[:size]) for _ in range(2)) for size in (20_000, 80_000)]
     assert times[1] < 1
     assert times[1] < 9 * times[0] + 0.02
 
