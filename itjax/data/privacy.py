@@ -3,8 +3,8 @@
     My IBAN is GB31YGJR46272857822446, call 0496 46 46 70      iban 11-33, phone 40-53
     My IBAN is <IBAN_1>, call <PHONE_1>
 
-A pattern finds what may be meant, a check (digits that must add up, words nearby) decides. Every pattern starts only
-where a run of its characters starts and looks at a bounded stretch from there, so time grows with the text and no faster.
+A pattern finds what may be meant, a check (digits that must add up, words nearby) decides. Every pattern looks at a
+bounded stretch from where it starts, in one way only, so time grows with the text and no faster.
 Names and places have no pattern: a finder of one's own adds them.
 """
 
@@ -68,11 +68,13 @@ WORD = r"0-9A-Za-zÀ-ɏͰ-ϿЀ-ӿ"  # Latin, Greek and Cyrillic: a Chinese sente
 EMAIL = re.compile(
     rf"(?<![{WORD}_.+%'-])[{WORD}_][{WORD}_.+%'-]{{0,63}}@(?:[{WORD}-]{{1,63}}\.){{1,8}}[A-Za-zÀ-ɏͰ-ϿЀ-ӿ]{{2,24}}(?![{WORD}_@])"
 )
-NO_DOMAIN = {"png", "jpg", "jpeg", "gif", "svg", "webp", "pdf", "css", "js", "py", "html", "service"}
+NO_DOMAIN = {"png", "jpg", "jpeg", "gif", "svg", "webp", "pdf", "css", "js", "html", "service"}  # endings of files
 URL_LOGIN = re.compile(
     r"(?<![\w+.-])[A-Za-z][A-Za-z0-9+.-]{1,15}://(?P<login>[^\s/@:<>\"'{}$]{1,64}:[^\s/@<>\"'{}$]{1,128})@"
 )
-URL = re.compile(r"(?<![A-Za-z])(?:https?|ftp)://[^\s<>\"'`{}|\\^]{1,2048}|(?<![\w@.])www\.[^\s<>\"'`{}|\\^]{1,2048}")
+URL = re.compile(
+    r"(?:(?<![A-Za-z])(?:https?|ftp)://|(?<![\w@.])www\.)[^\s<>\"'`{}|\\^]{0,2047}[^\s<>\"'`{}|\\^.,;:!?)\]]"
+)
 IPV4 = re.compile(r"[0-9](?<![\w.].)(?<!\d[,-].)\d{0,2}(?:\.\d{1,3}){3}(?!\w)(?!\.\d)(?!-\d)")
 IPV6 = re.compile(r"(?<![\w:.])[0-9A-Fa-f]{0,4}+:[0-9A-Fa-f:]{1,39}+(?:\.\d{1,3}){0,3}(?![\w:])")
 MAC = re.compile(r"(?<![\w:-])[0-9A-Fa-f]{2}([:-])(?:[0-9A-Fa-f]{2}\1){4}[0-9A-Fa-f]{2}(?![\w:-])")
@@ -214,6 +216,8 @@ LETTERED = (
     _identity(r"[A-Z]{6}\d\d[A-EHLMPRST]\d\d[A-Z]\d{3}[A-Z]", checksums.italy_codice_fiscale),
     _identity(r"[A-Z]{4}\d{6}[HMX][A-Z]{5}[0-9A-Z]\d", checksums.mexico_curp),
 )
+JOINED_BEFORE = re.compile(r"(?:[\w.,+$€£-]|\d )\Z")
+JOINED_AFTER = re.compile(r"\w|[ .,-]\d")
 
 
 def _identities(kinds: Sequence[Identity]) -> Callable[[str], Iterator[Span]]:
@@ -233,10 +237,6 @@ def _stands_alone(match: re.Match[str]) -> bool:
     """Whether the number is no part of a longer one, of a sum or of a word."""
     text, (start, stop) = match.string, match.span()
     return not JOINED_BEFORE.search(text, max(0, start - 2), start) and not JOINED_AFTER.match(text, stop, stop + 2)
-
-
-JOINED_BEFORE = re.compile(r"(?:[\w.,+$€£-]|\d )\Z")
-JOINED_AFTER = re.compile(r"\w|[ .,-]\d")
 
 
 DOCUMENT = re.compile(
@@ -317,9 +317,8 @@ def _is_phone(match: re.Match[str]) -> bool:
     if shape == "bracket":  # "(2004) 112-119" is a year with pages
         is_year = re.match(r"\((?:1[89]|20)\d\d\)", number) is not None
         return len(digits) >= 8 and not is_year
-    if shape == "world" and (
-        len(digits) < 8 or (len(digits) > 12 and number[1:].isdigit())
-    ):  # could be the second line of a sum
+    is_addend = len(digits) < 8 or (len(digits) > 12 and number[1:].isdigit())
+    if shape == "world" and is_addend:  # could be the second line of a sum
         return _is_said_to_be_phone(match, BEFORE)
     return not NUMBER_WORDS.search(match.string, max(0, match.start() - 16), match.start())
 
@@ -363,7 +362,7 @@ ASSIGNED = re.compile(  # in lower case, so that the engine may look for first l
     r"(?P<value>[^\s\"'`,;<>(){}\[\]]{5,255}[^\s\"'`,;<>(){}\[\].:])"
 )
 NO_SECRET = re.compile(
-    r"your|example|placeholder|change_?me|password|secret|token|redacted|xxx|\*\*\*|\.\.\.|…|^\$|%s|^https?:|^os\.|^env\.|"
+    r"your|example|placeholder|change_?me|redacted|xxx|\*\*\*|\.\.\.|…|^\$|%s|^https?:|^os\.|^env\.|"
     r"^process\.|^config\.|^self\.|^request\.|^user\.|^this\.|_key$|_id$",
     re.IGNORECASE,
 )
@@ -382,7 +381,8 @@ def _is_secret(value: str) -> bool:
     """A value that somebody chose or a machine drew, not a word of prose, a name in a program or something to fill in."""
     has_digit, has_letter = any(map(str.isdigit, value)), any(map(str.isalpha, value))
     has_sign = any(character in "!@#$%^&*?~+" for character in value)
-    return has_letter and (has_digit or has_sign) and not NO_SECRET.search(value)
+    is_drawn = len(value) >= 24 and has_digit and value.lower() != value != value.upper()
+    return is_drawn or (has_letter and (has_digit or has_sign) and not NO_SECRET.search(value))
 
 
 def _private_keys(text: str) -> Iterator[Span]:
@@ -396,15 +396,12 @@ def _private_keys(text: str) -> Iterator[Span]:
 
 # --- all together -----------------------------------------------------------------------------------------------------
 
-
 # What a text shows at a glance. Most texts show nothing, so nothing else is asked of them.
 AT, BLOCK, COLON, LINK, DOTS, NUMBERS, TOKEN, BIRTHS, LABEL = (1 << bit for bit in range(9))
 SIX_DIGITS = re.compile(r"[0-9](?:[ .()\xa0\u2009\u202f-]{0,2}[0-9]){5}")
 THREE_DOTS = re.compile(r"\.[0-9]{1,3}\.[0-9]{1,3}\.[0-9]")
 TWO_COLONS = re.compile(r":[0-9A-Fa-f]{0,4}:")
 SHORTEST_TOKEN = 16  # characters of a key, a wallet, a MAC or a number with letters in it
-
-
 LONG_WORD = re.compile(rf"[0-9A-Za-z_.:/+-]{{{SHORTEST_TOKEN},}}+")
 # The same questions by one pass that gives every ASCII character its class: ten times faster than the patterns.
 DIGIT_CLASSES = (

@@ -49,9 +49,12 @@ FOUND = [
     ("secret", "OPENAI=sk-proj-a1B2c3D4e5F6g7H8i9J0k1L2", "sk-proj-a1B2c3D4e5F6g7H8i9J0k1L2"),
     ("secret", "eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxMjM0In0.c2lnbmF0dXJl", "eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxMjM0In0.c2lnbmF0dXJl"),
     ("secret", 'password = "hunter2!x"', "hunter2!x"),
+    ("secret", "aws_secret_access_key = wJalrXUtnFEMI/K7MDENG/bPxRfiCYEXAMPLEKEY", "wJalrXUtnFEMI/K7MDENG/bPxRfiCYEXAMPLEKEY"),
+    ("secret", "The password is Password123!", "Password123!"),
+    ("email", "juan@correo.com.py", "juan@correo.com.py"),
     ("secret", "-----BEGIN RSA PRIVATE KEY-----\nMIIE\n-----END RSA PRIVATE KEY-----", None),
     ("url login", "git clone https://ann:s3cr3tpw@host.example/x.git", "ann:s3cr3tpw"),
-    ("url", "see https://example.org/a?b=c", "https://example.org/a?b=c"),
+    ("url", "(see https://example.org/a?b=c).", "https://example.org/a?b=c"),
 ]  # fmt: skip
 INNOCENT = [
     "Compute 48/2 = 24 and 3.14159265358979 * 2.",
