@@ -31,6 +31,7 @@ from itjax.data.toxicity import Classifier, Toxic
 
 VERSION = 1  # of how findings become rows; a new number makes all filtered data anew
 CHUNK = 256  # rows that are read together
+SMALL = 4096  # rows for which no process is started
 Progress = Callable[[int, int], None]  # rows done, rows in all
 
 
@@ -247,6 +248,7 @@ def review(
     """
     built = build(names, options, own)
     examples, known = Examples(train, held, progress), _Known()
+    workers = workers if len(examples) > SMALL else 1
     findings = stages.run(built, known.note(examples), workers=workers) if built else []
     parts: list[dict[int, list[Finding]]] = [{} for _ in (*train, *held)]
     numbers = tuple(known.numbers(findings))
@@ -257,13 +259,17 @@ def review(
         _reviewed(*of_source)
         for of_source in zip((*train, *held), splits, parts, examples.unreadable, examples.files, strict=True)
     )
+    shape = fingerprint(names, options)
     return Review(
         tuple(names),
         options,
         reviewed,
         tuple(findings),
         numbers,
-        tuple(filtered(source, one.kept, names, options, own) for source, one in zip(train, reviewed, strict=False)),
+        tuple(
+            filtered(source, one.kept, names, options, own, shape=shape)
+            for source, one in zip(train, reviewed, strict=False)
+        ),
         _contamination(built, findings, reviewed),
     )
 
@@ -314,16 +320,25 @@ def _contamination(
 
 
 def filtered(
-    source: RowSource, kept: np.ndarray, names: Sequence[str], options: Filters, own: Own | None = None
+    source: RowSource,
+    kept: np.ndarray,
+    names: Sequence[str],
+    options: Filters,
+    own: Own | None = None,
+    *,
+    shape: str,
 ) -> RowSource:
-    """The rows kept, masked where the stage "personal" masks; the source itself where nothing changes."""
+    """The rows kept, masked where the stage "personal" masks; the source itself where nothing changes.
+
+    `shape` is the `fingerprint` of names and options.
+    """
     masks = (
         Personal(options, own.finder if own else None) if "personal" in names and options.personal == "mask" else None
     )
     if masks is None and len(kept) == len(source):
         return source
     kind = FilteredRows if isinstance(source, sources.Rows) else Filtered
-    return kind(source, kept, masks, shape=fingerprint(names, options))
+    return kind(source, kept, masks, shape=shape)
 
 
 def fingerprint(names: Sequence[str], options: Filters) -> str:

@@ -150,7 +150,8 @@ def test_a_renamed_source_speaks_under_its_new_name():
     assert {finding.source for finding in review(subset).findings} == {"other"}
 
 
-def test_processes_find_the_same(files):
+def test_processes_find_the_same(files, monkeypatch):
+    monkeypatch.setattr(filters, "SMALL", 0)
     (source,) = sources.open_files(str(files))
     found = [filters.review([source], [], NAMES, Filters(), workers=workers).findings for workers in (1, 2)]
     assert found[0] == found[1]
