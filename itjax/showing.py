@@ -68,7 +68,7 @@ def _sources(named: Mapping[str, Source], above: str) -> Iterator[tuple[str, Sou
 
 
 def _task(name: str, source: Source, run: Run) -> Asked:
-    rows = TaskSource(source.task, examples=1, seed=run.seed, split="train", phrasings="all")
+    rows = TaskSource(source.task, examples=1, seed=run.seed, split="eval", phrasings="all")
     row = rows[0]
     family = Family(source.task, FAMILIES[source.task].templates, {field: Field() for field in row})
     return Asked(name, family, row, rows.key(0), {})

@@ -65,7 +65,7 @@ class Source:
     max_epochs: float | None = bounded(None, above=0)  # passes at most; None: as many as it takes
 
     # what a row's fields mean
-    shape: str = "auto"  # messages, instruction, prompt, sharegpt, oasst, natural_instructions; auto: by looking
+    shape: str = "auto"  # messages, instruction, prompt, sharegpt, transcript, text, oasst, ...: docs/files.md
     columns: Mapping[str, str] = field(default_factory=dict)  # field -> column of the file that holds it
 
     # how rows are asked
@@ -199,6 +199,10 @@ class Run:
     learn: str = bounded(
         "all", choices=LEARN
     )  # assistant turns that are learned: all, the last, or where a flag says so
+    learn_separator: bool = False  # whether what follows a turn's terminator is learned with it, as TRL does
+    reasoning: str = bounded(
+        "", choices=("", "all", "last", "none")
+    )  # turns that keep their reasoning; empty: as the format
     length: int = bounded(1024, at_least=2)  # positions in a row
     rows: int = bounded(8, at_least=1)  # rows in an optimizer step, all devices and micro-batches together
     accumulate: int = bounded(1, at_least=1)  # micro-batches in a step

@@ -29,6 +29,8 @@ from itjax.data.recipe import Node
 from itjax.data.sources import BadRow, RowSource
 from itjax.data.tasks import TaskSource
 
+CHECKS_VERSION = 1  # of what makes a row unusable; a new number looks at all rows anew
+CHARACTERS = 3  # of a token, on the safe side: worked examples leave room for the question
 Progress = Callable[[str, int, int], None]  # (what, done, of how many)
 
 
@@ -98,7 +100,7 @@ def gather_unfiltered(run: Run, *, folder: Path, progress: Progress) -> Gathered
     others: list[str] = []
     for leaf in _leaves(run):
         for rows in leaf.open(run, folder):
-            usable, skipped = _usable(rows, leaf, run, progress)
+            usable, skipped = _usable(rows, leaf, run, folder, progress)
             train, kept = leaf.split(usable, run)
             parts.append(train)
             held += kept
@@ -151,6 +153,11 @@ class _Leaf:
     def open(self, run: Run, folder: Path) -> list[RowSource]:
         """What the source is made of: an embedded task, or one source a file."""
         source = self.source
+        if source.phrasings in ("heldout", "all"):
+            raise ValueError(
+                f"{self.place}.phrasings: {source.phrasings!r} would train on phrasings that are held out for evaluation; "
+                "use 'seen' or the name of one"
+            )
         if source.task:
             task = TaskSource(
                 source.task, examples=source.examples, seed=run.seed, split="train", phrasings=source.phrasings
@@ -177,6 +184,7 @@ class _Leaf:
             few_shot=source.few_shot,
             inverted=source.inverted,
             pool=rows,
+            room=CHARACTERS * run.length,
         )
 
     def split(self, rows: RowSource, run: Run) -> tuple[RowSource, list[HeldRows]]:
@@ -202,7 +210,7 @@ class _Leaf:
                 name = f"{rows.name}/{split}"
                 said = Phrased(
                     _renamed(held, name), rows.family, split="eval", phrasings=phrasings, seed=run.seed,
-                    few_shot=self.source.few_shot, pool=train,
+                    few_shot=self.source.few_shot, pool=train, room=CHARACTERS * run.length,
                 )  # fmt: skip
                 yield HeldRows(rows.name, split, said)
 
@@ -230,17 +238,27 @@ def _leaves_of(named: Mapping[str, Source], above: str) -> Iterator[_Leaf]:
             yield _Leaf(f"{above}{name}", source)
 
 
-def _usable(rows: RowSource, leaf: _Leaf, run: Run, progress: Progress) -> tuple[RowSource, list[BadRow]]:
+def _usable(rows: RowSource, leaf: _Leaf, run: Run, folder: Path, progress: Progress) -> tuple[RowSource, list[BadRow]]:
     """The rows that can be read, where the config says to skip others."""
     if run.bad_rows == "error" or leaf.source.task:
         return rows, []
-    good, bad = sources.usable(
-        rows,
-        most=run.max_bad_rows,
-        workers=os.cpu_count() or 1,
-        progress=lambda done, total: progress(f"checking {rows.name}", done, total),
-    )
-    return (_part(rows, lambda raw: sources.Subset(raw, good.indices)) if bad else rows), bad
+    bad = _bad_rows(rows, folder, progress)
+    good = sources.without(rows, bad, most=run.max_bad_rows)
+    return (_part(rows, lambda raw: sources.Subset(raw, good.indices)) if bad else rows), list(bad.values())
+
+
+def _bad_rows(rows: RowSource, folder: Path, progress: Progress) -> dict[int, BadRow]:
+    """The rows that cannot be read, found before or now."""
+    key = hashlib.blake2b(f"{CHECKS_VERSION} {rows.fingerprint()}".encode(), digest_size=16).hexdigest()
+    place = folder / "checked" / f"{key}.json"
+    if not place.exists():
+        found = sources.bad_rows(
+            rows,
+            workers=os.cpu_count() or 1,
+            progress=lambda done, total: progress("checking rows", done, total),
+        )
+        write_whole(place, json.dumps([[row, bad.key, bad.reason, bad.why] for row, bad in found.items()]))
+    return {row: BadRow(key, reason, why) for row, key, reason, why in json.loads(place.read_text())}
 
 
 def _part(rows: RowSource, choose: Callable[[Any], Any]) -> RowSource:
@@ -268,6 +286,7 @@ def _filtered(opened: Gathered, run: Run, *, folder: Path, progress: Progress) -
     """The rows that the filters leave, from what they found before on the same rows, or now."""
     wanted = options(run)
     shape = filters.fingerprint(run.filters, wanted)
+    leave = functools.partial(filters.filtered, names=run.filters, options=wanted, shape=shape)
     contents = [source.fingerprint() for source in (*opened.train, *(part.rows for part in opened.held))]
     key = hashlib.blake2b(json.dumps([shape, contents]).encode(), digest_size=16).hexdigest()
     place = folder / "filtered" / key
@@ -277,8 +296,7 @@ def _filtered(opened: Gathered, run: Run, *, folder: Path, progress: Progress) -
     train = []
     for rows, dropped in zip(opened.train, found["dropped_rows"], strict=True):
         kept = np.setdiff1d(np.arange(len(rows)), np.array(dropped, np.int64), assume_unique=True)
-        left = functools.partial(filters.filtered, kept=kept, names=run.filters, options=wanted)
-        train.append(_part(rows, left))
+        train.append(_part(rows, functools.partial(leave, kept=kept)))
     told = Filtering(found["counts"], tuple(found["notes"]), place / "findings.jsonl")
     return replace(opened, train=tuple(train), filtering=told)
 

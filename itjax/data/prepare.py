@@ -1,5 +1,6 @@
 """From the rows of a run to encoded data: the tokenizer made or read, every example encoded, in as many editions as it is seen."""
 
+import contextlib
 import hashlib
 import os
 from collections import Counter
@@ -8,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from itjax.base.files import write_whole
+from itjax.base.records import Conversation
 from itjax.base.schema import Run
 from itjax.data import cache, gather
 from itjax.data.cache import EncodedSource
@@ -17,13 +19,15 @@ from itjax.data.loader import Loader, make_loader
 from itjax.data.phrase import Phrased
 from itjax.data.recipe import resolve
 from itjax.data.rows import size
-from itjax.data.sources import RowSource
+from itjax.data.sources import BadRow, RowSource
 from itjax.data.tasks import TaskSource
-from itjax.text import chat, formats, tokenizer
+from itjax.text import chat, checks, formats, tokenizer
+from itjax.text.jinja import ChatTemplate
 from itjax.text.tokenizer import Tokenizer
 
 TOKENIZER_VERSION = 2  # of how an automatic tokenizer is made; a new number makes all of them anew
 TOKENIZER_TEXTS = 200_000  # conversations that an automatic tokenizer is made from, spread evenly over all sources
+LOOKED_AT = 64  # conversations that are written as a trial before any is encoded
 MOST_EDITIONS = 8  # other words for the same row: from then on they come again
 
 
@@ -47,12 +51,13 @@ class Data:
     train: tuple[EncodedSource, ...]
     empty: tuple[EncodedSource, ...]  # sources of which every row was dropped: left out of training
     held: tuple[HeldOut, ...]
+    remarks: tuple[str, ...] = ()  # on the format
 
     def notes(self) -> list[str]:
         """What was not taken as it stands in the files, a line each; nothing when all was."""
         reports = [source.report for source in (*self.train, *self.empty)]
         rows = sum(report["rows"] * report["editions"] for report in reports)
-        lines = self.gathered.notes()
+        lines = [*self.remarks, *self.gathered.notes()]
         lines += [f"{source.name} is left out: {_why(source)}" for source in self.empty]
         dropped = sum((Counter(report["dropped"]) for report in reports), Counter())
         lines += [f"{count:,} of {rows:,} examples dropped: {reason}" for reason, count in dropped.most_common()]
@@ -75,8 +80,11 @@ def prepare(run: Run, *, progress: Progress) -> Data:
         learn=run.learn,
         bad_rows=run.bad_rows,
         folder=model_folder,
+        reasoning=run.reasoning,
+        learns_separator=run.learn_separator,
     )
 
+    remarks = tuple(_look(run, gathered.train, encoding))
     parts = gathered.held
     encoded = _encode([part.rows for part in parts], encoding, folder=folder, progress=progress)
     held = tuple(
@@ -95,11 +103,56 @@ def prepare(run: Run, *, progress: Progress) -> Data:
                 f"Raise config.length (now {run.length}) or choose another config.truncation (now {run.truncation!r})"
             )
         empty = tuple(source for source in train if not len(source))
-        data = Data(tokenizer=pieces, format=encoding.fmt, gathered=gathered, train=kept, empty=empty, held=held)
+        data = Data(
+            tokenizer=pieces,
+            format=encoding.fmt,
+            gathered=gathered,
+            train=kept,
+            empty=empty,
+            held=held,
+            remarks=remarks,
+        )
         wanted = editions | _editions(run, data)
         if all(wanted[name] <= editions[name] for name in editions):
             return data
         editions = {name: max(wanted[name], editions[name]) for name in editions}
+
+
+def _look(run: Run, rows: Sequence[RowSource], encoding: Encoding) -> Iterator[str]:
+    """Writes a few conversations of every source as a trial. Raises ValueError for what would ruin the run; yields notes."""
+    fmt = encoding.fmt
+    found = [conversation for source in rows for conversation in _some(source, max(1, LOOKED_AT // len(rows)))]
+    writable = [conversation for conversation in found if _learns(conversation, encoding)]
+    if faults := checks.problems(writable, fmt, encoding.tokenizer):
+        raise ValueError(f"config.format: {'; '.join(faults)}. Choose another format or tokenizer")
+    if unlearned := checks.count_unlearned(writable, fmt):
+        yield (
+            f"format {fmt.name} rewrites history: {unlearned} assistant turns of {len(writable)} conversations looked at "
+            "are not learned, as the model would never see them so (docs/chat.md)"
+        )
+    if encoding.folder and isinstance(fmt, formats.Format):
+        try:
+            template = ChatTemplate.open(encoding.folder, encoding.tokenizer)
+        except ValueError as error:
+            yield f"the model's own chat template is not compared with format {fmt.name}: {error}"
+            return
+        yield from (f"format {fmt.name} is not the model's template: {line}" for line in checks.compare(fmt, template))
+
+
+def _some(source: RowSource, count: int) -> Iterator[Conversation]:
+    """A few conversations, evenly spread; those that cannot be read are told of when all are."""
+    for index in range(0, len(source), max(1, len(source) // count)):
+        with contextlib.suppress(BadRow):
+            yield source.conversation(index)
+
+
+def _learns(conversation: Conversation, encoding: Encoding) -> bool:
+    """Whether the format can write it, and something of it is learned."""
+    try:
+        segments = chat.render(conversation, encoding.fmt, prompt_weight=0.0, learn=encoding.learn)
+    except ValueError:
+        return False
+    return any(segment.weight for segment in segments)
 
 
 def _encode(

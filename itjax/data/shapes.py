@@ -4,6 +4,7 @@
     {"instruction": "Add.", "input": "2, 2", "output": "4"}                      instruction
     {"messages": [{"role": "user", "content": "2 + 2?"}, ...]}                   messages
     {"conversations": [{"from": "human", "value": "2 + 2?"}, ...]}               sharegpt
+    {"transcript": "\\n\\nHuman: 2 + 2?\\n\\nAssistant: 4"}                         transcript
     {"prompt": {"text": "2 + 2?", "replies": [...]}}                             oasst: a tree, several conversations
     {"input": "2, 2", "output": ["4", "four"]}, with a task's definition         natural_instructions
 
@@ -13,6 +14,7 @@ A shape is recognised by its fields. `columns` says where fields stand that are 
 import difflib
 import json
 import math
+import re
 import string
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -42,6 +44,8 @@ ROLES = {
 CALLS = ("function_call", "tool_call")  # roles whose content is what they call
 OASST_ROLES = {"prompter": "user", "assistant": "assistant"}
 PREFERENCES = ({"chosen", "rejected"}, {"chosen_messages", "rejected_messages"})
+SPEAKER = re.compile(r"(?:^|\n\n)(Human|Assistant): ?")  # opens a turn of a transcript (hh-rlhf)
+TRANSCRIPT_ROLES = {"Human": "user", "Assistant": "assistant"}
 SHOWN = 40  # characters of a value in an error
 KNOWN = (
     '{"messages"}, {"instruction", "output"}, {"prompt", "completion"}, {"conversations"}, OASST trees '
@@ -338,12 +342,23 @@ def _system(row: Row) -> Iterator[Message]:
         yield Message("system", system)
 
 
+def _from_transcript(row: Row) -> Iterator[Message]:
+    """Turns in one text, each after a blank line and its speaker: `\\n\\nHuman: ...\\n\\nAssistant: ...`."""
+    yield from _system(row)
+    before, *turns = SPEAKER.split(_text(row, "transcript"))
+    if before.strip() or not turns:
+        raise RowError("transcript does not begin with 'Human: ' or 'Assistant: '", "transcript without a speaker")
+    for speaker, content in zip(turns[::2], turns[1::2], strict=True):
+        yield Message(TRANSCRIPT_ROLES[speaker], content.strip())
+
+
 SHAPES: dict[str, Shape] = {
     "messages": Shape(("messages",), _from_messages),
     "instruction": Shape(("instruction", "output"), _from_instruction),
     "response": Shape(("instruction", "response"), _from_response),
     "prompt": Shape(("prompt", "completion"), _from_prompt),
     "sharegpt": Shape(("conversations",), _from_sharegpt),
+    "transcript": Shape(("transcript",), _from_transcript),
     "text": Shape(("completion",), _from_text),
 }
 NAMES = ("auto", *SHAPES, "oasst", "natural_instructions")

@@ -273,7 +273,15 @@ def _lots(count: int, seed: int) -> np.ndarray:
 def usable(
     source: RowSource, *, most: float, progress: Callable[[int, int], None] | None = None, workers: int = 1
 ) -> tuple[Subset, list[BadRow]]:
-    """The rows that can be read, and those that cannot. Raises ValueError where they are more than this share.
+    """The rows that can be read, and those that cannot. Raises ValueError where they are more than this share."""
+    bad = bad_rows(source, progress=progress, workers=workers)
+    return without(source, bad, most=most), list(bad.values())
+
+
+def bad_rows(
+    source: RowSource, *, progress: Callable[[int, int], None] | None = None, workers: int = 1
+) -> dict[int, BadRow]:
+    """The rows that cannot be read, by number.
 
     Reads every row once, in `workers` processes where there are many rows; the order never depends on them.
     """
@@ -282,6 +290,11 @@ def usable(
         bad.update(found)
         if progress is not None:
             progress(min(start + CHUNK, len(source)), len(source))
+    return bad
+
+
+def without(source: RowSource, bad: Mapping[int, BadRow], *, most: float) -> Subset:
+    """The other rows. Raises ValueError where bad ones are more than this share of the source."""
     if len(bad) > most * len(source):
         counts = ", ".join(f"{n:,} {why}" for why, n in Counter(row.reason for row in bad.values()).most_common())
         first = "; ".join(map(str, list(bad.values())[:SHOWN]))
@@ -291,7 +304,7 @@ def usable(
         )
     is_good = np.ones(len(source), bool)
     is_good[list(bad)] = False
-    return Subset(source, np.flatnonzero(is_good)), list(bad.values())
+    return Subset(source, np.flatnonzero(is_good))
 
 
 def _checked(source: RowSource, *, workers: int) -> Iterator[tuple[int, dict[int, BadRow]]]:

@@ -14,7 +14,8 @@ from rich.text import Text
 
 from itjax.base.schema import UNITS
 
-MANY = 24  # sources that are a line each; of more, those of a group are one line together
+MANY = 24  # sources that are a line each; of more, those of a large group are one line together
+LARGE = 8  # sources of a large group
 
 
 def show(told: Mapping[str, Any], console: Console) -> None:
@@ -47,7 +48,7 @@ def _head(plan: Mapping[str, Any]) -> str:
 def _sources(sources: Mapping[str, Any], unit: str) -> Table:
     table = _table("", ("kept/read", "epochs"), unit)
     for name, source in _lines(sources):
-        kept = f"{source['kept']:,}/{source['rows_read']:,}"
+        kept = f"{source['kept']:,}/{source['rows_read'] * max(1, source['editions']):,}"
         table.add_row(Text(name), kept, _epochs(source), *_shares(source))
     return table
 
@@ -69,19 +70,26 @@ def _table(title: str, counts: tuple[str, ...], unit: str) -> Table:
 
 
 def _lines(sources: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """The sources, or the outermost groups of very many of them: `tasks (60 sources)`."""
+    """The sources; where they are very many, those of a large group together: `tasks/files (60 sources)`."""
+    sizes = Counter(_group(name) for name in sources)
     groups: dict[str, list[Mapping[str, Any]]] = {}
     for name, source in sources.items():
-        groups.setdefault(name.split("/")[0] if len(sources) > MANY else name, []).append(source)
+        is_large = len(sources) > MANY and sizes[_group(name)] > LARGE
+        groups.setdefault(_group(name) or "all" if is_large else name, []).append(source)
     for name, members in groups.items():
         yield (name, members[0]) if len(members) == 1 else (f"{name} ({len(members)} sources)", _together(members))
+
+
+def _group(name: str) -> str:
+    return name.rpartition("/")[0]
 
 
 def _together(members: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """What sources are together; their epochs are those of a passage through all of them."""
     counts: Counter[str] = Counter()
     for member in members:
-        counts.update({name: member.get(name, 0) for name in ("kept", "rows_read", "examples")})
+        counts.update({name: member.get(name, 0) for name in ("kept", "examples")})
+        counts["rows_read"] += member.get("rows_read", 0) * max(1, member.get("editions", 1))
     once = sum(member["examples"] / member["epochs"] for member in members if member.get("epochs"))
     shares = {
         field: {unit: sum(member[field][unit] for member in members) for unit in UNITS}

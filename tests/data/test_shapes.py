@@ -38,6 +38,7 @@ def chat(**message):
         ({"instruction": "2 + 2?", "output": "4"}, "instruction"),
         ({"instruction": "2 + 2?", "input": None, "output": "4", "system": None, "history": None}, "instruction"),
         ({"instruction": "2 + 2?", "response": "4", "context": ""}, "response"),
+        ({"transcript": "\n\nHuman: 2 + 2?\n\nAssistant: 4"}, "transcript"),
         (chat(content="4"), "messages"),
         (chat(content=[{"type": "text", "text": "4"}]), "messages"),
         (chat(content=[{"type": "text", "value": "4"}]), "messages"),
@@ -51,6 +52,16 @@ def test_every_shape_is_recognised_by_looking(row, shape):
     conversation = read(row)
     assert conversation.messages == ANSWERED
     assert conversation.template == shape
+
+
+def test_a_transcript_is_cut_where_a_speaker_begins_and_nowhere_else():
+    said = "\n\nHuman: He said\nHuman: hello\n\nAssistant: So?\n\nWell.\n\nHuman:\n\nAssistant: yes"
+    row = {"chosen": said, "rejected": said}
+    made = read(row, columns={"transcript": "chosen"})
+    assert [(m.role, m.content) for m in made.messages] == [
+        ("user", "He said\nHuman: hello"), ("assistant", "So?\n\nWell."), ("user", ""), ("assistant", "yes")
+    ]  # fmt: skip
+    assert complaint({"transcript": "Assistant says: hi"})[1] == "transcript without a speaker"
 
 
 def test_an_instruction_has_a_system_prompt_a_history_and_an_input():

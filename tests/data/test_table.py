@@ -39,7 +39,7 @@ def test_the_rule_and_the_unit_stand_first():
 
 
 def test_a_source_is_a_line_with_planned_and_realised_shares():
-    line = "[mails] 980/1,000 2.04 of 3 in 2 phrasings 50.0% → 50.1% 87.5% → 87.0% 90.0% → 91.0%"
+    line = "[mails] 980/2,000 2.04 of 3 in 2 phrasings 50.0% → 50.1% 87.5% → 87.0% 90.0% → 91.0%"
     assert line in shown()
     assert "source kept/read epochs examples tokens trained tokens" in shown()
 
