@@ -1,4 +1,4 @@
-"""Train on my files: JSONL or JSON of chat messages, instruction/input/output, prompt/completion, or Natural-Instructions.
+"""Train on my files: JSONL, JSON, CSV, TSV, Parquet or ArrayRecord of chat messages, instructions, prompts, trees, ...
 
     python -m itjax.main --config=configs/sft_files.py --config.files='data/*.jsonl' --config.run_dir=runs/mine
 

@@ -1,11 +1,15 @@
 """itjax: instruction tuning on JAX. One example, from a row on disk to a gradient:
 
 data/sources.py      a row on disk, addressable by number        -> row: dict
-data/templates.py    phrasing: which template, which paraphrase  -> Conversation
+data/shapes.py       what a row's fields mean                    -> Conversation
+data/phrase.py       phrasing: which words, which examples       -> Conversation
+data/filters.py      kept, masked or dropped, with the reason    -> RowSource of what is left
+data/gather.py       all of that, for every source of a config   -> rows to train on, rows held out
 text/chat.py         roles and delimiters; what is to be learned -> segments (text, weight)
 text/tokenizer.py    text to ids, specials exact                 -> token ids
 data/encode.py       ids, shifted, cut by a named policy         -> TokenizedExample
 data/cache.py        every example once, on disk                 -> memory-mapped arrays
+data/recipe.py       weights, rates and stages of a config       -> shares at each step
 data/mixture.py      which source comes next, and how often      -> order of (source, index)
 data/pack.py         many examples, one row                      -> plan of rows
 data/loader.py       rows to this host's batch, resumable        -> PackedBatch (numpy)

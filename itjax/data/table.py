@@ -15,6 +15,7 @@ from rich.text import Text
 from itjax.base.schema import UNITS
 
 MANY = 24  # sources that are a line each; of more, those of a large group are one line together
+FOUND = ("dropped", "masked", "tagged")  # by the filters
 LARGE = 8  # sources of a large group
 
 
@@ -37,6 +38,11 @@ def parts(told: Mapping[str, Any]) -> Iterator[RenderableType]:
     for name, source in told["sources"].items():
         if lost := _lost(source):
             yield Text(f"{name}: {lost}", style="dim")
+    for name, source in told["filters"].items():
+        if found := [f"{n:,} {what}: {why}" for what in FOUND for why, n in source[what].items()]:
+            yield Text(f"{name}: {', '.join(found)}", style="dim")
+    if told["skipped"]:
+        yield Text(f"skipped: {', '.join(f'{n:,} {why}' for why, n in told['skipped'].items())}", style="dim")
     for warning in told["warnings"]:
         yield Text("! " + warning, style="yellow")
 

@@ -23,6 +23,8 @@ TOLD = {
                              "dropped": {"too long": 17, "empty": 3}, "truncated": 5},
     },
     "stages": [{"stage": "late", "first_step": 11, "last_step": 50, "sources": {"[mails]": SHARES}}],
+    "filters": {"[mails]": {"rows": 1006, "dropped": {"leakage: covers an item": 6}, "masked": {"personal: email": 2}, "tagged": {}}},
+    "skipped": {"not JSON": 4},
     "warnings": ["mails is seen often"],
 }  # fmt: skip
 
@@ -50,7 +52,12 @@ def test_a_stage_has_its_own_shares():
 
 
 def test_missing_rows_have_reasons_and_warnings_stand_last():
-    assert shown()[-2:] == ["[mails]: 17 dropped: too long, 3 dropped: empty, 5 truncated", "! mails is seen often"]
+    assert shown()[-4:] == [
+        "[mails]: 17 dropped: too long, 3 dropped: empty, 5 truncated",
+        "[mails]: 6 dropped: leakage: covers an item, 2 masked: personal: email",
+        "skipped: 4 not JSON",
+        "! mails is seen often",
+    ]
 
 
 def test_of_very_many_sources_those_of_a_group_are_one_line():
