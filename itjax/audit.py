@@ -52,7 +52,7 @@ def command(argv: Sequence[str]) -> int:
         )
         train, held = opened.train, [part.rows for part in opened.held]
         names = stages_of(run, values.stages)
-        review = filters.review(train, held, names, run.audit, progress=bar.looking, workers=values.workers)
+        review = filters.review(train, held, names, gather.options(run), progress=bar.looking, workers=values.workers)
         written = account.write(Path(values.out), review, Examples(train, held), version=__version__, bad=opened.bad)
     Console().print(account.table(review))
     for path in written:
