@@ -18,16 +18,12 @@ it is whole or absent.
 import contextlib
 import hashlib
 import json
-import multiprocessing
 import os
 import shutil
 import socket
-import sys
-import types
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,6 +32,7 @@ import numpy as np
 from itjax.base.records import TokenizedExample
 from itjax.data import sources
 from itjax.data.encode import Dropped, Encoding, encode_many
+from itjax.data.processes import spread
 from itjax.data.sources import RowSource
 
 VERSION = 2  # of the code that shapes tokens and of the files; a new number makes all caches anew
@@ -216,64 +213,11 @@ def _chunks(source: RowSource, encoding: Encoding, *, workers: int) -> Iterator[
     if workers <= 1 or len(source) <= SMALL:
         yield from (encode_rows(source, encoding, start, stop) for start, stop in ranges)
     else:
-        yield from _chunks_from_processes(source, encoding, ranges, workers=min(workers, len(ranges)))
+        yield from spread(_encode_range, ranges, shared=(source, encoding), workers=min(workers, len(ranges)))
 
 
-def _chunks_from_processes(
-    source: RowSource, encoding: Encoding, ranges: list[tuple[int, int]], *, workers: int
-) -> Iterator[Chunk]:
-    """Process number w encodes ranges w, w + workers, ...; a full pipe makes it wait for the reader."""
-    context = multiprocessing.get_context("spawn")
-    processes, connections = [], []
-    try:
-        with _main_hidden():
-            for worker in range(workers):
-                receiver, sender = context.Pipe(duplex=False)
-                arguments = (sender, source, encoding, ranges[worker::workers])
-                process = context.Process(target=_work, args=arguments, daemon=True)
-                process.start()
-                sender.close()
-                processes.append(process)
-                connections.append(receiver)
-        for number in range(len(ranges)):
-            yield _receive(connections[number % workers])
-    finally:
-        for process, connection in zip(processes, connections, strict=True):
-            connection.close()
-            process.terminate()
-            process.join()
-
-
-def _receive(connection: Connection) -> Chunk:
-    try:
-        received = connection.recv()
-    except EOFError:
-        raise RuntimeError("a process that tokenises was killed (out of memory?); try fewer workers") from None
-    if isinstance(received, Exception):
-        raise received
-    return received
-
-
-def _work(connection: Connection, source: RowSource, encoding: Encoding, ranges: list[tuple[int, int]]) -> None:
-    """What a process does. An error travels instead of a chunk and is the last thing sent."""
-    with contextlib.suppress(BrokenPipeError):
-        for start, stop in ranges:
-            try:
-                connection.send(encode_rows(source, encoding, start, stop))
-            except ValueError as error:
-                connection.send(error)
-                return
-
-
-@contextlib.contextmanager
-def _main_hidden() -> Iterator[None]:
-    """New processes run the main script again unless there is none, and the main script may import jax."""
-    main = sys.modules["__main__"]
-    sys.modules["__main__"] = types.ModuleType("__main__")
-    try:
-        yield
-    finally:
-        sys.modules["__main__"] = main
+def _encode_range(shared: tuple[RowSource, Encoding], stretch: tuple[int, int]) -> Chunk:
+    return encode_rows(*shared, *stretch)
 
 
 # ---------------------------------------------------------------------------------------------- chunks to disk

@@ -2,31 +2,50 @@
 
 import contextlib
 import multiprocessing
+import os
+import pickle
 import sys
+import threading
 import types
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from itertools import islice
 from typing import Any
 
 AHEAD = 4  # pieces of work per process that are handed out before they are asked for
 
 
-def spread(work: Callable[[Any, Any], Any], pieces: Sequence[Any], *, shared: Any, workers: int) -> Iterator[Any]:
-    """`work(shared, piece)` of each piece, in their order. `shared` travels to each process once; so does what is raised."""
+def spread(work: Callable[[Any, Any], Any], pieces: Iterable[Any], *, shared: Any, workers: int) -> Iterator[Any]:
+    """`work(shared, piece)` of each piece, in their order. `shared` travels to each process once; so does what is raised.
+
+    Pieces are taken as they are handed out. Who stops early ends the processes; so does who is killed.
+    """
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=_begin, initargs=(work, shared)) as pool:
-        try:
-            waiting: list[Future[Any]] = []
-            with _main_hidden():
-                waiting += [pool.submit(_do, piece) for piece in pieces[: AHEAD * workers]]
-            for number in range(len(pieces)):
-                yield waiting.pop(0).result()
-                waiting += [pool.submit(_do, piece) for piece in pieces[number + AHEAD * workers :][:1]]
-        except BrokenProcessPool:
-            raise RuntimeError("a process was killed (out of memory?); try fewer workers") from None
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_begin, initargs=(work, shared))
+    remaining, waiting = iter(pieces), deque[Future[Any]]()
+    try:
+        for piece in islice(remaining, AHEAD * workers):
+            waiting.append(_submit(pool, piece))
+        while waiting:
+            yield waiting.popleft().result()
+            for piece in islice(remaining, 1):
+                waiting.append(_submit(pool, piece))
+    except BrokenProcessPool:
+        raise RuntimeError("a process was killed (out of memory?); try fewer workers") from None
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _submit(pool: ProcessPoolExecutor, piece: Any) -> Future[Any]:
+    """Hands a piece out; that may start a process."""
+    try:
+        with _main_hidden():
+            return pool.submit(_do, piece)
+    except (pickle.PicklingError, AttributeError, TypeError) as error:
+        way_out = "define it in a module of its own, not in the main script or a function; or use one worker"
+        raise ValueError(f"processes: {error}; {way_out}") from None
 
 
 _job: tuple[Callable[[Any, Any], Any], Any] | None = None
@@ -35,6 +54,15 @@ _job: tuple[Callable[[Any, Any], Any], Any] | None = None
 def _begin(work: Callable[[Any, Any], Any], shared: Any) -> None:
     global _job
     _job = work, shared
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A process that waits for work does not notice by itself that nobody is left to give it any."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _do(piece: Any) -> Any:

@@ -11,17 +11,15 @@ A stage never sees a whole corpus. So the same stages run in one process or on a
 import itertools
 import json
 import tempfile
-from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
-from multiprocessing import get_context
 from typing import Any, NamedTuple, Protocol, TypeGuard
 
 import numpy as np
 
 from itjax.base.records import Conversation, Finding
+from itjax.data.processes import spread
 
 MEMORY = 256 << 20  # bytes of buckets in memory at one time
 CHUNK = 256  # examples that travel to a process together
@@ -161,35 +159,21 @@ Looked = tuple[Address, list[Noted], list[Marked]]
 
 def _looked(stages: Sequence[Stage], examples: Iterable[Example], workers: int) -> Iterator[Looked]:
     if workers > 1:
-        yield from _looked_by_processes(stages, examples, workers)
+        chunks = spread(_look_at, _in_chunks(examples), shared=tuple(stages), workers=workers)
+        yield from itertools.chain.from_iterable(chunks)
     else:
         for example in examples:
             yield address_of(example), *look(stages, example)
 
 
-def _looked_by_processes(stages: Sequence[Stage], examples: Iterable[Example], workers: int) -> Iterator[Looked]:
-    """As many chunks ahead as keep the processes busy, answers in the order of the examples."""
-    with ProcessPoolExecutor(workers, get_context("spawn"), _hold, (tuple(stages),)) as pool:
-        ahead: deque[Future[list[Looked]]] = deque()
-        remaining = iter(examples)
-        while chunk := list(itertools.islice(remaining, CHUNK)):
-            ahead.append(pool.submit(_look_at, chunk))
-            if len(ahead) > 2 * workers:
-                yield from ahead.popleft().result()
-        while ahead:
-            yield from ahead.popleft().result()
+def _in_chunks(examples: Iterable[Example]) -> Iterator[list[Example]]:
+    remaining = iter(examples)
+    while chunk := list(itertools.islice(remaining, CHUNK)):
+        yield chunk
 
 
-_held: tuple[Stage, ...] = ()  # the stages of this worker process
-
-
-def _hold(stages: tuple[Stage, ...]) -> None:
-    global _held
-    _held = stages
-
-
-def _look_at(chunk: list[Example]) -> list[Looked]:
-    return [(address_of(example), *look(_held, example)) for example in chunk]
+def _look_at(stages: Sequence[Stage], chunk: list[Example]) -> list[Looked]:
+    return [(address_of(example), *look(stages, example)) for example in chunk]
 
 
 # ---------------------------------------------------------------------------------------------- buckets

@@ -1,8 +1,12 @@
 """Running stages: findings in the order of the examples, nothing kept but what grouping needs, the same by processes."""
 
+import os
 import random
+import subprocess
+import sys
 import weakref
 from collections import defaultdict
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -104,6 +108,40 @@ def test_no_examples_and_no_stages_are_no_findings():
 def test_an_error_in_a_process_arrives():
     with pytest.raises(ValueError, match="no words"):
         run([Refuses()], corpus(20), workers=2)
+
+
+class Dies:
+    name = "dies"
+
+    def look(self, example):
+        os._exit(1)
+
+
+def test_a_killed_process_is_told():
+    with pytest.raises(RuntimeError, match="a process was killed"):
+        run([Dies()], corpus(20), workers=2)
+
+
+SCRIPT = """
+from itjax.data.stages import run
+from tests.data.test_stages import Shouts, example
+
+print("the script runs as", __name__)
+print(len(run([Shouts()], [example(number, "HEY") for number in range(600)], workers=2)))
+"""
+
+
+def test_processes_do_not_run_the_script_again_and_need_no_file_of_it():
+    root = str(Path(__file__).resolve().parents[2])
+    done = subprocess.run(
+        [sys.executable, "-"],
+        input=SCRIPT,
+        cwd=root,
+        env=os.environ | {"PYTHONPATH": root},
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout.splitlines() == ["the script runs as __main__", "1200"], done.stderr
 
 
 class Refuses:
