@@ -62,9 +62,19 @@ def find(patterns: str, *, data_dir: str = "") -> dict[str, list[str]]:
         raise ValueError(f"files: {patterns!r} names no file; give globs or directories separated by commas")
     groups: dict[str, list[str]] = {}
     for path in paths:
-        folder, _, name = shown(path).rpartition("/")
-        groups.setdefault(f"{folder}/{SHARD.sub('', stem(name))}", []).append(path)
+        groups.setdefault(_shards(path) or shown(path), []).append(path)
     return dict(zip(_names(list(groups)), groups.values(), strict=True))
+
+
+def _shards(path: str) -> str:
+    """The shards that a file is one of, as if they were one file without an ending; empty for a file of its own."""
+    whole = _without_ending(shown(path))
+    return SHARD.sub("", whole) if SHARD.search(whole) else ""
+
+
+def _without_ending(path: str) -> str:
+    folder, _, name = path.rpartition("/")
+    return f"{folder}/{stem(name)}"
 
 
 def below(data_dir: str, patterns: str) -> str:
@@ -131,8 +141,13 @@ def _below(file: str, folder: str) -> tuple[str, ...]:
 
 
 def _names(groups: list[str]) -> list[str]:
-    """The shortest ends of the paths that tell them apart: `alpaca`, or `en-alpaca` and `de-alpaca`."""
-    parts = [[part.strip(":") for part in group.split("/") if part.strip(":")] for group in groups]
+    """The shortest ends of the paths that tell them apart: `alpaca`, or `en-alpaca` and `de-alpaca`.
+
+    Files of a folder that differ in their endings alone keep them: `alpaca.csv` and `alpaca.jsonl`.
+    """
+    stems = [_without_ending(group) for group in groups]
+    ends = [short if stems.count(short) == 1 else group for short, group in zip(stems, groups, strict=True)]
+    parts = [[part.strip(":") for part in end.split("/") if part.strip(":")] for end in ends]
     for depth in range(1, max(map(len, parts)) + 1):
         names = ["-".join(part[-depth:]) for part in parts]
         if len(set(names)) == len(names):

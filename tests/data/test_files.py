@@ -61,6 +61,14 @@ def test_shards_are_one_source_and_equal_names_are_told_apart(tmp_path):
     assert [path[-19:] for path in found["x-math"]] == ["-00000-of-00002.jsonl"[-19:], "-00001-of-00002.jsonl"[-19:]]
 
 
+def test_files_that_differ_in_their_ending_alone_are_sources_of_their_own(tmp_path):
+    for name in ("chat.csv", "chat.jsonl", "chat.jsonl.gz", "math.jsonl", "math-00000-of-00001.jsonl", "v1.2.json"):
+        write(tmp_path / name)
+    found = find(str(tmp_path))
+    assert list(found) == ["chat.csv", "chat.jsonl", "chat.jsonl.gz", "math", "math.jsonl", "v1.2"]
+    assert all(len(paths) == 1 for paths in found.values())
+
+
 def test_relative_names_start_from_the_data_folder(tmp_path, memory):
     path = write(tmp_path / "a.jsonl")
     assert find("a.jsonl", data_dir=str(tmp_path)) == find(str(path)) == find(str(path), data_dir="/elsewhere")
