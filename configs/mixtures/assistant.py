@@ -5,7 +5,7 @@
     python -m itjax.main --config=configs/mixtures/assistant.py --config.data_dir=DATA
 
 DATA holds public files under the names below (docs/mixtures.md says where they are from). Half of the tokens are chat and tools;
-math and tasks are asked in many phrasings, and a file of Natural-Instructions counts as 200 rows at most. Repeats, leaks
+math and tasks are asked in many phrasings, and a file of Natural-Instructions counts as 200 rows at most. Repeats and near-repeats, leaks
 into four evaluations and faulty rows are dropped, personal data is masked, and offensive rows are only tagged: the safety
 part is about them. 300 steps of the tiny model take a quarter of an hour on two CPU cores.
 """
@@ -73,7 +73,7 @@ def get_config() -> ConfigDict:
                 ),
             },
             mixture=Mixture(unit="tokens"),
-            filters=("exact_duplicates", "leakage", "personal", "toxic", "quality"),
+            filters=("exact_duplicates", "near_duplicates", "leakage", "personal", "toxic", "quality"),
             audit=Filters(
                 leakage_files="ifeval/*.jsonl,human_eval/HumanEval.jsonl.gz,bfcl/*.json,xstest/*.csv",
                 word_lists="bad_words/en.txt",

@@ -14,8 +14,9 @@ import itertools
 import json
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 
 import numpy as np
@@ -27,6 +28,8 @@ from itjax.data.stages import Address, Example, Mark, Pair
 PARTS = ("prompt", "response", "both")
 BETWEEN = "\0"  # prompt and response: "say hi", "there" is not "say", "hi there"
 COMPARISONS = 64  # other texts that a text is compared with in one bucket: keeps crowded buckets linear
+MOST_SAY = 0.5  # share of the rows of a source from which on a shingle is boilerplate
+FEWEST = 20  # rows that show what is boilerplate
 BLOCK = 512  # shingles that are permuted at one time
 # Written without spaces: a character stands for a word.
 SPREAD = np.uint64(0x9E3779B97F4A7C15)  # odd; bits of the golden ratio
@@ -110,8 +113,10 @@ class ExactDuplicates:
 class NearDuplicates:
     """Examples that share most of their word 5-grams with another.
 
-    A system prompt and declared tools are shared by many rows that otherwise differ. So two examples must be similar in
-    their turns alone, and also with the system prompts and tools that belong to them.
+    A system prompt and declared tools are shared by many rows that otherwise differ, and so are the definition of a task
+    and the words of a template: `boilerplate`, what most rows of a source say (see `knowing`). So two examples must be
+    similar in the rest of their turns alone, and also with all that frames them: the same input under another
+    instruction is another example.
     """
 
     of: str  # "prompt", "response" or "both"
@@ -120,6 +125,7 @@ class NearDuplicates:
     bands: int = 14
     rows: int = 8
     words: int = 5  # in a shingle; a shorter text is one shingle
+    boilerplate: frozenset[int] = field(default=frozenset(), repr=False)  # shingles that are not compared
     name: str = "near_duplicates"
 
     def __post_init__(self) -> None:
@@ -130,10 +136,22 @@ class NearDuplicates:
     def marks(self, example: Example) -> list[Mark]:
         turns, frame = _turns_and_frame(example.conversation, self.of)
         shingles_S = shingles(turns, self.words)
-        if not len(shingles_S):
+        is_own_S = np.array([shingle not in self.boilerplate for shingle in shingles_S.tolist()], bool)
+        if not is_own_S.any():
             return []
-        content = _pack(shingles_S, shingles(frame, self.words))
-        return [Mark(bucket, content) for bucket in self.buckets(shingles_S)]
+        content = _pack(shingles_S[is_own_S], np.union1d(shingles(frame, self.words), shingles_S[~is_own_S]))
+        return [Mark(bucket, content) for bucket in self.buckets(shingles_S[is_own_S])]
+
+    def knowing(self, samples: Iterable[Sequence[Conversation]]) -> "NearDuplicates":
+        """The same, not comparing what more than half of the rows of a source say; `samples` are some rows of each."""
+        found: set[int] = set()
+        for rows in samples:
+            counts: Counter[int] = Counter()
+            for row in rows:
+                counts.update(shingles(_turns_and_frame(row, self.of)[0], self.words).tolist())
+            if len(rows) >= FEWEST:
+                found.update(shingle for shingle, count in counts.items() if count > MOST_SAY * len(rows))
+        return replace(self, boilerplate=self.boilerplate | found)
 
     def buckets(self, shingles_S: np.ndarray) -> list[bytes]:
         """One for each band of the signature."""

@@ -22,6 +22,7 @@ from itjax.base.freeze import nearest
 from itjax.base.records import Conversation, Finding
 from itjax.base.schema import Filters
 from itjax.data import duplicates, leakage, privacy, quality, sources, stages, toxicity
+from itjax.data.duplicates import NearDuplicates
 from itjax.data.leakage import Contamination, Leakage
 from itjax.data.privacy import Finder, Personal
 from itjax.data.quality import Quality
@@ -31,6 +32,7 @@ from itjax.data.toxicity import Classifier, Toxic
 
 VERSION = 1  # of how findings become rows; a new number makes all filtered data anew
 CHUNK = 256  # rows that are read together
+SAMPLE = 200  # rows of a source that show what most of its rows say
 SMALL = 4096  # rows for which no process is started
 Progress = Callable[[int, int], None]  # rows done, rows in all
 
@@ -246,7 +248,7 @@ def review(
 
     Held-out rows are looked at so that nothing to train on repeats them; they are never dropped.
     """
-    built = build(names, options, own)
+    built = [_informed(stage, train) for stage in build(names, options, own)]
     examples, known = Examples(train, held, progress), _Known()
     workers = workers if len(examples) > SMALL else 1
     findings = stages.run(built, known.note(examples), workers=workers) if built else []
@@ -272,6 +274,16 @@ def review(
         ),
         _contamination(built, findings, reviewed),
     )
+
+
+def _informed(stage: Stage, train: Sequence[RowSource]) -> Stage:
+    """A stage that compares rows first hears what most rows of a source say."""
+    return stage.knowing(_sample(source) for source in train) if isinstance(stage, NearDuplicates) else stage
+
+
+def _sample(source: RowSource) -> list[Conversation]:
+    rows = range(0, len(source), max(1, len(source) // SAMPLE))
+    return [conversation for _, conversation in _readable(source, rows, Counter())]
 
 
 def _reviewed(

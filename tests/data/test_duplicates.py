@@ -393,3 +393,29 @@ def test_one_input_under_several_instructions_is_several_examples(shared_data):
     found = exact([Example(number, "train", row) for number, row in enumerate(rows)], of="prompt")
     across = [finding for finding in found if rows[number_of[finding.other]].source != finding.source]
     assert across == []
+
+
+def test_what_most_rows_of_a_source_say_makes_no_two_of_them_alike():
+    """A long task definition around short questions; two of the questions do nearly repeat each other."""
+    frame = " ".join(f"definition{number}" for number in range(60))
+    asked = [f"what is the capital of country{number} please" for number in range(40)]
+    way = "say how far it is from the old town to the new harbour by the long road along the green river when you go"
+    examples = chats(*[(f"{frame} {question}", "") for question in [*asked, f"{way} today", f"{way} now"]])
+    stage = NearDuplicates("prompt", 0.8)
+    assert len(run([stage], examples)) > 30
+    rows = [example.conversation for example in examples]
+    assert [finding.key for finding in run([stage.knowing([rows])], examples)] == ["s:41"]
+    assert stage.knowing([rows[:10]]) == stage  # too few to tell
+
+
+def test_the_same_input_under_another_instruction_is_another_example():
+    inputs = [" ".join(WORDS[40 * number : 40 * number + 40]) for number in range(30)]
+    ask, label = (
+        "say in a few words what happened before all else here",
+        "find every noun that is in the plural there",
+    )
+    examples = chats(*[(f"{instruction} {text}", "") for instruction in (ask, label) for text in inputs])
+    rows = [example.conversation for example in examples]
+    stage = NearDuplicates("prompt", 0.7).knowing([rows[:30], rows[30:]])
+    assert run([stage], examples) == []
+    assert len(run([stage], chats(*[(f"{ask} {text}", "") for text in inputs for _ in range(2)]))) == 30
