@@ -397,8 +397,13 @@ def _spelt_call(call: ToolCall, *, literal: bool) -> dict[str, Any]:
 
 
 def _arguments_in(text: str, call: ToolCall) -> bool:
-    """Whether the arguments stand in the text as JSON: templates may escape what they were not made for."""
-    return dumps(arguments(call)) in text or (isinstance(call.arguments, str) and call.arguments in text)
+    """Whether the arguments stand in the text: as JSON, or text by text as the template has them, but not as Python has
+    them. Templates may escape, or print, what they were not made for."""
+    value = arguments(call)
+    if dumps(value) in text or (isinstance(call.arguments, str) and call.arguments in text):
+        return True
+    texts = list(_strings(value)) if isinstance(value, Mapping) else []
+    return bool(texts) and str(value) not in text and all(part in text or _as_json(part) in text for part in texts)
 
 
 def _strings(value: Any) -> Iterator[str]:

@@ -100,6 +100,21 @@ def test_tools_that_a_template_leaves_out_are_refused():
         chat.render(row, template(CHATML, omits=True), prompt_weight=0.0)
 
 
+def test_arguments_are_written_the_way_the_template_has_for_them():
+    """As an object where it prints each text of it (Gemma 4), though a text would stand there as JSON."""
+    prints = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}:{{ m.content }}{% for call in m.tool_calls or () %}"
+        "{{ call.function.name }}{% set args = call.function.arguments %}{% if args is mapping %}"
+        "{% for key in args %}[{{ key }}:{{ args[key] }}]{% endfor %}{% else %}[{{ args }}]{% endif %}{% endfor %}"
+        "<|im_end|>{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant:{% endif %}"
+    )
+    row = conversation(TALK[0], Message("assistant", "", tool_calls=(ToolCall("weather", {"place": "Rome"}),)))
+    assert learned(chat.render(row, template(prints), prompt_weight=0.0)) == "weather[place:Rome]<|im_end|>"
+    as_python = prints.replace("{% for key in args %}[{{ key }}:{{ args[key] }}]{% endfor %}", "{{ args }}")
+    said = learned(chat.render(row, template(as_python), prompt_weight=0.0))
+    assert said == 'weather[{"place": "Rome"}]<|im_end|>'
+
+
 # ------------------------------------------------------------------------------------------ published templates
 
 DEEPSEEK = "deepseek-ai/DeepSeek-R1-Distill-Qwen-7B"
