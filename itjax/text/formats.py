@@ -61,6 +61,7 @@ class Format:
     controls: tuple[str, ...] = ()
     optional: tuple[str, ...] = ()  # control tokens where the tokenizer has them, else text
     default_system: str = ""
+    preamble: str = ""  # what every system prompt begins with; a conversation without one gets one for it
     system_prefix: str = ""
     system_joiner: str | None = None
     system_at: str = "first"  # whose content the system messages join: the "first" user's or the "last"
@@ -216,6 +217,17 @@ _ALL = (
                 ROLES | {"tool": "tool"}, Turn("<|start_header_id|>{role}<|end_header_id|>\n\n", "<|eot_id|>", "")
             ),
         },
+    ),
+    Format(
+        name="llama3_1",  # 3.1 and 3.3, and 3.2 where nobody tells it the date; same page as llama3
+        begin="<|begin_of_text|>",
+        controls=("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+        preamble="Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n",
+        trims=True,
+        trims_system=True,
+        turns=_same_for(ROLES, Turn("<|start_header_id|>{role}<|end_header_id|>\n\n", "<|eot_id|>", "")),
+        tools="llama3_1",
+        published={"tools": "llama3_1_published", "omits": ("reasoning",)},
     ),
     Format(
         name="gemma2",  # https://ai.google.dev/gemma/docs/core/prompt-structure

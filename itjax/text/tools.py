@@ -18,7 +18,8 @@ MISTRAL_ID = 9  # characters of a call's id
 
 @dataclass(frozen=True)
 class ToolStyle:
-    """One way to write tools. `declared` says where: with the "system" prompt, or before the "last" user's turn."""
+    """One way to write tools. `declared` says where: with the "system" prompt, before the "last" user's turn, or at the
+    beginning of what the "first" user says."""
 
     declared: str
     declare: Callable[[Tools], list[Part]]
@@ -26,6 +27,7 @@ class ToolStyle:
     results: Callable[[Sequence[Message]], list[Part]]  # of a run of tool messages
     role: str = ""  # whose turn the results are; empty: results stand alone
     content_and_calls: bool = True  # whether an assistant may speak and call in one turn
+    announced: str = ""  # at the very beginning of the system prompt of a row with tools
 
 
 def dumps(value: Any) -> str:
@@ -173,6 +175,49 @@ def _name(message: Message) -> str:
     return message.name
 
 
+# ---------------------------------------------------------------------------------------- Llama 3.1
+
+_LLAMA_TOOLS = (
+    "Given the following functions, please respond with a JSON for a function call with its proper arguments that best "
+    'answers the given prompt.\n\nRespond in the format {"name": function name, "parameters": dictionary of argument name '
+    "and its value}.Do not use variables.\n\n"
+)
+
+
+def _llama_declare(tools: Tools) -> list[Part]:
+    written = (json.dumps(tool, ensure_ascii=False, indent=4) for tool in tools)
+    return [Part(_LLAMA_TOOLS, own=True), *(Part(text + "\n\n") for text in written)]
+
+
+def _llama_call(calls: Sequence[ToolCall], after_content: bool) -> list[Part]:
+    return [Part(f'{{"name": "{calls[0].name}", "parameters": {_object(_only(calls))}}}')]
+
+
+def _llama_call_quoted(calls: Sequence[ToolCall], after_content: bool) -> list[Part]:
+    return [Part(f'{{"name": "{calls[0].name}", "parameters": {dumps(_only(calls).arguments)}}}')]
+
+
+def _only(calls: Sequence[ToolCall]) -> ToolCall:
+    if len(calls) > 1:
+        raise CannotWrite(
+            f"this format writes one tool call a turn, here are {len(calls)}; give each call a turn of its own",
+            "several tool calls in one turn",
+        )
+    return calls[0]
+
+
+def _llama_results(messages: Sequence[Message]) -> list[Part]:
+    """Every result has a turn of its own and is quoted, as the template does with any text."""
+    parts = []
+    for message in messages:
+        parts += [
+            Part("<|start_header_id|>ipython<|end_header_id|>\n\n", own=True),
+            Part(dumps(message.content)),
+            Part("<|eot_id|>", own=True),
+        ]
+    return parts
+
+
 # ---------------------------------------------------------------------------------------- others
 
 
@@ -199,5 +244,16 @@ STYLES: dict[str, ToolStyle] = {
     ),
     "mistral_v3": ToolStyle("last", _mistral_declare, _mistral_calls, _mistral_v3_results, content_and_calls=False),
     "mistral_v7": ToolStyle("last", _mistral_declare, _mistral_calls, _mistral_v7_results),
+    "llama3_1": ToolStyle(
+        "first",
+        _llama_declare,
+        _llama_call,
+        _llama_results,
+        content_and_calls=False,
+        announced="Environment: ipython\n",
+    ),
+    "llama3_1_published": ToolStyle(
+        "first", _llama_declare, _llama_call_quoted, _llama_results, announced="Environment: ipython\n"
+    ),
     "deepseek_published": ToolStyle("system", _nothing, _nothing, _deepseek_results),
 }

@@ -53,10 +53,12 @@ def _turns(messages: Sequence[Message], tools: Tools, fmt: Format) -> list[Piece
     if tools and style is None:
         _leave_out("tools", "the row's tools", fmt)
     declared = style.declare(tools) if tools and style is not None else []
-    with_system = bool(declared) and style is not None and style.declared == "system"
-    arranged = _arrange(messages, fmt, needs_system=with_system)
+    declares = style.declared if declared and style is not None else ""
+    with_system = declares == "system"
+    arranged = _arrange(messages, fmt, needs_system=with_system or bool(fmt.preamble))
     question = _last(arranged, _asks, otherwise=len(arranged)) if fmt.reasoning is not None else 0
-    last_user = _last(arranged, _is_user, otherwise=OWN) if declared else OWN
+    last_user = _last(arranged, _is_user, otherwise=OWN) if declares == "last" else OWN
+    first_user = _first_user(arranged, fmt) if declares == "first" else OWN
     pieces = list(_own(fmt.begin, fmt, OWN, EDGE))
     position = 0
     while position < len(arranged):
@@ -66,7 +68,7 @@ def _turns(messages: Sequence[Message], tools: Tools, fmt: Format) -> list[Piece
             position += len(run)
             pieces += _results(run, fmt)
             continue
-        if position == last_user and not with_system:
+        if position == last_user:
             pieces += _parts(declared, fmt, turn, FRAME)
         is_last = position == len(arranged) - 1
         pieces += _turn(
@@ -74,6 +76,7 @@ def _turns(messages: Sequence[Message], tools: Tools, fmt: Format) -> list[Piece
             fmt,
             headed=fmt.answers_tools or position == 0 or arranged[position - 1].message.role != "tool",
             thinks=_thinks(message, fmt, answers=position > question, is_last=is_last),
+            opening=declared if position == first_user else _preamble(fmt, declares) if position == 0 else [],
             declared=declared if with_system and position == 0 else [],
             separated=fmt.separates_last or message.role != "assistant" or not is_last,
         )
@@ -89,15 +92,40 @@ def _is_user(message: Message) -> bool:
     return message.role == "user"
 
 
+def _first_user(arranged: Sequence["Arranged"], fmt: Format) -> int:
+    """Where the first question is, which is to open with the tools: nothing but the system prompt may come before."""
+    place = int(bool(arranged) and arranged[0].message.role == "system")
+    if place == len(arranged) or not _is_user(arranged[place].message):
+        raise CannotWrite(
+            f"format {fmt.name!r} writes tools before the first question; begin with a user's message, "
+            "behind one system message at most",
+            "tools without a first question",
+        )
+    return place
+
+
+def _preamble(fmt: Format, declares: str) -> list[Part]:
+    announced = STYLES[fmt.tools].announced if declares else ""
+    return [Part(announced + fmt.preamble, own=True)] if announced or fmt.preamble else []
+
+
 # ------------------------------------------------------------------------------------------------ one turn
 
 
 def _turn(
-    arranged: Arranged, fmt: Format, *, headed: bool, thinks: bool, declared: list[Part], separated: bool
+    arranged: Arranged,
+    fmt: Format,
+    *,
+    headed: bool,
+    opening: list[Part],
+    thinks: bool,
+    declared: list[Part],
+    separated: bool,
 ) -> list[Piece]:
     turn, message = arranged
     shape = fmt.turns[message.role]
     pieces = list(_own(shape.header, fmt, turn, FRAME)) if headed else []
+    pieces += _parts(opening, fmt, turn, FRAME)
     if thinks:
         pieces += _thought(arranged, fmt)
     content = shape.space + (message.content.lstrip("\n") if thinks else message.content)
@@ -219,6 +247,7 @@ def _fitted(message: Message, fmt: Format) -> Message:
     if message.reasoning and fmt.reasoning is None:
         _leave_out("reasoning", "reasoning", fmt)
     trims = fmt.trims_system if message.role == "system" else fmt.trims
+    trims = trims and not (message.role == "tool" and fmt.tools)  # what came back is data of the style of tools
     if trims and message.content != message.content.strip():
         message = replace(message, content=message.content.strip())
     return message

@@ -73,3 +73,56 @@ def test_only_calls_are_learned_not_results():
 def test_calls_that_cannot_be_written_are_refused(fmt, call, message):
     with pytest.raises(ValueError, match=message):
         chat.render(conversation(Message("user", "a"), call), formats.FORMATS[fmt], prompt_weight=0.0)
+
+
+LLAMA_ROW = (
+    Message("system", " Be brief. "),
+    Message("user", " Rain? "),
+    Message("assistant", "", tool_calls=(ToolCall("weather", {"place": "K\u00f6ln"}, "1"),)),
+    Message("tool", ' {"mm": 3} ', name="weather", tool_call_id="1"),
+    Message("assistant", "Yes."),
+)
+LLAMA_TEXT = (
+    "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nEnvironment: ipython\n"
+    "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\nBe brief.<|eot_id|>"
+    "<|start_header_id|>user<|end_header_id|>\n\nGiven the following functions, please respond with a JSON for a function "
+    "call with its proper arguments that best answers the given prompt.\n\n"
+    'Respond in the format {"name": function name, "parameters": dictionary of argument name and its value}.'
+    'Do not use variables.\n\n{\n    "name": "weather",\n    "parameters": {}\n}\n\nRain?<|eot_id|>'
+    "<|start_header_id|>assistant<|end_header_id|>\n\n"
+    '{"name": "weather", "parameters": {"place": "K\u00f6ln"}}<|eot_id|>'
+    '<|start_header_id|>ipython<|end_header_id|>\n\n" {\\"mm\\": 3} "<|eot_id|>'
+    "<|start_header_id|>assistant<|end_header_id|>\n\nYes.<|eot_id|>"
+)
+
+
+def test_llama_3_1_writes_tools_as_its_template_does():
+    """The text is that of Llama-3.1-8B-Instruct's chat_template, which tells the date whether there are tools or not."""
+    row = conversation(*LLAMA_ROW, tools=[{"name": "weather", "parameters": {}}])
+    segments = chat.render(row, formats.FORMATS["llama3_1"], prompt_weight=0.0)
+    assert text(segments) == LLAMA_TEXT
+    call = '{"name": "weather", "parameters": {"place": "K\u00f6ln"}}<|eot_id|>'
+    assert text([s for s in segments if s.weight]) == call + "Yes.<|eot_id|>"
+    bare = text(chat.render(conversation(Message("user", "Hi")), formats.FORMATS["llama3_1"], prompt_weight=0.0))
+    dated = "\n\nCutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n<|eot_id|>"
+    assert bare == (
+        f"<|begin_of_text|><|start_header_id|>system<|end_header_id|>{dated}"
+        "<|start_header_id|>user<|end_header_id|>\n\nHi<|eot_id|>"
+    )
+
+
+@pytest.mark.parametrize(
+    ("messages", "message"),
+    [
+        (
+            (LLAMA_ROW[1], Message("assistant", "", tool_calls=(ToolCall("a", {}), ToolCall("b", {})))),
+            "one tool call a tu",
+        ),
+        ((LLAMA_ROW[1], Message("assistant", "So:", tool_calls=(ToolCall("a", {}),))), "content and tool calls in one"),
+        ((Message("assistant", "Hi"), LLAMA_ROW[1]), "tools before the first question"),
+        ((LLAMA_ROW[0], LLAMA_ROW[0], LLAMA_ROW[1]), "tools before the first question"),
+    ],
+)
+def test_llama_3_1_refuses_what_its_template_refuses_or_garbles(messages, message):
+    with pytest.raises(ValueError, match=message):
+        chat.render(conversation(*messages, tools=TOOLS), formats.FORMATS["llama3_1"], prompt_weight=0.0)
