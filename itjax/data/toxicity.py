@@ -4,7 +4,8 @@
     text    Classes in Scunthorpe assess a one-cup  two girls joke.        one cup two girls
             ~~~~~~~            ~~~~~~ no words of the list
 
-A text is cut into words once and every word is looked up, so a long list costs as much time as a short one.
+Stretches between spaces are looked up first, most of them in a memory of those that were seen; a text is cut into words
+only where all words of a term are in it. So a long list costs as much time as a short one.
 """
 
 import functools
@@ -14,6 +15,7 @@ import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from glob import glob
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,6 +30,7 @@ ROLES = ("system", "user", "assistant", "tool")
 UNSPACED = (
     "\u0e00-\u0e7f\u0e80-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
 )
+SEEN, LONGEST = 1 << 17, 40  # stretches without spaces that are remembered, and characters of the longest
 Classifier = Callable[[str], float]
 
 
@@ -48,7 +51,8 @@ class Hit(NamedTuple):
 def _word_pattern() -> re.Pattern[str]:
     """A word; one character of a script without spaces; or one sign. Spaces, hyphens and underscores part words."""
     marks = "".join(_runs(lambda code: unicodedata.category(chr(code)) in ("Mn", "Mc")))
-    return re.compile(rf"[{UNSPACED}]|(?:[^\W_{UNSPACED}][{marks}]*+)++|[^\w\s-]")
+    of_ascii = r"[a-zA-Z0-9]++(?![^\x00-\x7f])"  # most words, quickly
+    return re.compile(rf"{of_ascii}|[{UNSPACED}]|(?:[^\W_{UNSPACED}][{marks}]*+)++|[^\w\s-]")
 
 
 def _runs(holds: Callable[[int], bool]) -> Iterator[str]:
@@ -88,6 +92,10 @@ class WordList:
             if length:
                 yield Hit(text_words[at].start, text_words[at + length - 1].stop)
             at += max(1, length)
+
+    def may_hit(self, found: set[str]) -> bool:
+        """Whether all words of a term are among these, in whatever order."""
+        return any(found.issuperset(rest) for first in found for rest in self.terms.get(first, ()))
 
     def _longest(self, text_words: list[Word], at: int) -> int:
         for rest in self.terms.get(text_words[at].spelling, ()):
@@ -131,6 +139,25 @@ def read_word_lists(patterns: str) -> tuple[WordList, ...]:
     return tuple(lists)
 
 
+class Vocabulary(dict[str, tuple[str, ...]]):
+    """A stretch of text without spaces -> its words that are in a term of a list. Most stretches were seen before."""
+
+    def __init__(self, lists: Iterable[WordList]) -> None:
+        self._listed = frozenset(
+            word for one in lists for first, rests in one.terms.items() for rest in rests for word in (first, *rest)
+        )
+
+    def of(self, text: str) -> set[str]:
+        return set(chain.from_iterable(map(self.__getitem__, set(text.split()))))
+
+    def __missing__(self, stretch: str) -> tuple[str, ...]:
+        spelled = map(_spelled, set(_word_pattern().findall(stretch)))
+        found = tuple(word for word in spelled if word in self._listed)
+        if len(stretch) <= LONGEST and len(self) < SEEN:
+            self[stretch] = found
+        return found
+
+
 class Toxic:
     """The stage that looks for words of lists, and asks the classifier, turn by turn."""
 
@@ -144,6 +171,7 @@ class Toxic:
         self.roles = options.toxic_roles or ROLES
         self.threshold = options.toxic_threshold
         self.lists = read_word_lists(options.word_lists)
+        self._vocabulary = Vocabulary(self.lists)
         self.classifier = classifier or named_function(options.toxic_classifier, "config.audit.toxic_classifier")
         if not self.lists and self.classifier is None:
             raise ValueError(
@@ -174,9 +202,8 @@ class Toxic:
 
     def _judged(self, text: str) -> Iterator[tuple[str, Hit, float]]:
         """Every word of a list with the number of such words; the classifier's score from the threshold on."""
-        first_words = {_spelled(word) for word in set(_word_pattern().findall(text))} if self.lists else set()
-        lists = [word_list for word_list in self.lists if not word_list.terms.keys().isdisjoint(first_words)]
-        if lists:
+        found = self._vocabulary.of(text) if self.lists else set()
+        if lists := [word_list for word_list in self.lists if word_list.may_hit(found)]:
             text_words = list(words(text))
             for word_list in lists:
                 hits = list(word_list.hits(text_words))

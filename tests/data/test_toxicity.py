@@ -4,6 +4,8 @@ import csv
 import time
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from itjax.base.records import Conversation, Message
 from itjax.base.schema import Filters
@@ -27,6 +29,7 @@ def hits(text, words=LIST):
         ("ASS, Ass; 'ass'", ["ASS", "Ass", "ass"]),
         ("one-cup  two_girls and one cup", ["one-cup  two_girls", "one cup"]),
         ("what an a$$", ["a$$"]),
+        ("my ass’s ass…", ["ass", "ass"]),
         ("あのバカです", ["バカ"]),  # written without spaces
         ("STRASSE straße", ["straße"]),
         ("MERDE\nmerde", ["MERDE", "merde"]),
@@ -76,6 +79,43 @@ def test_only_the_turns_asked_for(listed):
     stage = Toxic(Filters(word_lists=listed, toxic_roles=("assistant",), toxic="tag"))
     assert look(stage, "you ass", "I would rather not.") == []
     assert [finding.action for finding in look(stage, "say it", "ass")] == ["tag"]
+
+
+PIECES = [
+    "one",
+    "cup",
+    "two",
+    "girls",
+    "ass",
+    "A",
+    "$",
+    "-",
+    "_",
+    " ",
+    "\n",
+    "’",
+    "é",
+    "\u0301",
+    "バ",
+    "カ",
+    "ß",
+    "straße",
+]
+
+
+@given(st.lists(st.sampled_from(PIECES), max_size=12))
+@settings(max_examples=300, deadline=None)
+def test_what_is_passed_over_at_a_glance_has_no_hits(quick, pieces):
+    text = "".join(pieces)
+    found = [text[one.start : one.stop] for one in look(quick, text)]
+    assert found == hits(text, quick.lists[0])
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory):
+    path = tmp_path_factory.mktemp("list") / "mine.txt"
+    path.write_text("ass\none cup two girls\none cup\na$$\nバカ\nStraße\n")
+    return Toxic(Filters(word_lists=str(path)))
 
 
 def shouting(text):
