@@ -330,11 +330,14 @@ def _contaminated(review: Review) -> str:
             percent(one.of_items),
         ]
         for one in sorted(review.contamination, key=lambda one: -one.items_hit)
+        if one.items_hit or one.rows_hit
     ]
+    clean = len(review.contamination) - len(rows)
     head = ["source", "evaluation", "rows that leak", "of the source", "items leaked", "of the evaluation"]
     share = percent(review.options.coverage)
     words = f"Items of which more than {share} is covered by shared 8-grams, and short items repeated whole."
-    return _section("Contamination", page.table(head, rows, left=2), words)
+    words += f" Of {len(review.contamination):,} pairs of a source and an evaluation {clean:,} share nothing."
+    return _section("Contamination", page.table(head, rows, left=2) if rows else "", words)
 
 
 def _cluster_samples(review: Review, examples: Examples) -> str:

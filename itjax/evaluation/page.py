@@ -28,7 +28,8 @@ table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nu
 th, td { padding: 6px 12px; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
 th { position: sticky; top: 0; background: var(--card); color: var(--soft); font-weight: 600; font-size: 13px; z-index: 1;
   white-space: normal; vertical-align: bottom; }
-tr:last-child td { border-bottom: 0; } td.left, th.left { text-align: left; } td.wrap { white-space: normal; }
+tr:last-child td { border-bottom: 0; } td.left, th.left { text-align: left; }
+td.left { white-space: normal; overflow-wrap: anywhere; min-width: 14em; } td.wrap { white-space: normal; }
 tr.strong td { font-weight: 650; }
 pre { margin: 0; white-space: pre-wrap; overflow-wrap: anywhere; font: 13px/1.5 ui-monospace, "SF Mono", Menlo, Consolas,
   "DejaVu Sans Mono", monospace; }
