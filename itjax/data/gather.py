@@ -14,8 +14,8 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,15 @@ class Filtering:
 
 
 @dataclass(frozen=True)
+class Kept:
+    """What became of the rows of one source before filters look at them. Those that are left are trained on."""
+
+    skipped: Mapping[str, int]  # rows that cannot be read, by reason
+    not_sampled: int  # more than the source's `examples`
+    held_out: int
+
+
+@dataclass(frozen=True)
 class Gathered:
     """The rows of a run: what is trained on, by which rules it is mixed, and what is held out."""
 
@@ -62,11 +71,19 @@ class Gathered:
     held: tuple[HeldRows, ...]
     bad: tuple[BadRow, ...] = ()  # rows that were skipped
     filtering: Filtering | None = None
+    kept: Mapping[str, Kept] = field(default_factory=dict)  # by source
 
     def account(self) -> dict[str, Any]:
         """For a manifest: rows skipped by reason, and what the filters did to each source."""
         skipped = dict(Counter(row.reason for row in self.bad).most_common())
         return {"skipped": skipped, "filters": dict(self.filtering.counts) if self.filtering else {}}
+
+    def account_of(self, name: str) -> dict[str, Any]:
+        """For the manifest of one source: rows left out and why, before any is put into the model's format."""
+        kept = self.kept.get(name, Kept({}, 0, 0))
+        found = self.filtering.counts.get(name, {}) if self.filtering else {}
+        left = Counter(kept.skipped) + Counter(found.get("dropped", {}))
+        return {"held_out": kept.held_out, "not_sampled": kept.not_sampled, "dropped": dict(left)}
 
     def save(self, run_dir: Path) -> None:
         """The side files of a run: rows that were skipped, and what the filters found, where there are any."""
@@ -96,14 +113,16 @@ def gather_unfiltered(run: Run, *, folder: Path, progress: Progress) -> Gathered
     parts: list[RowSource] = []
     held: list[HeldRows] = []
     bad: list[BadRow] = []
+    kept: dict[str, Kept] = {}
     opened: dict[str, list[str]] = {}
     others: list[str] = []
     for leaf in _leaves(run):
         for rows in leaf.open(run, folder):
             usable, skipped = _usable(rows, leaf, run, folder, progress)
-            train, kept = leaf.split(usable, run)
+            train, apart = leaf.split(usable, run)
+            kept[train.name] = _kept(usable, skipped, train, leaf.source)
             parts.append(train)
-            held += kept
+            held += apart
             bad += skipped
             (opened.setdefault(leaf.path, []) if leaf.path else others).append(train.name)
     held += [
@@ -114,7 +133,13 @@ def gather_unfiltered(run: Run, *, folder: Path, progress: Progress) -> Gathered
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"config.sources: two sources are named {twice[0]!r}; give each its own name")
     rules = recipe.tree(run.sources, run.mixture, opened=opened, others=others)
-    return Gathered(tuple(parts), rules, tuple(held), tuple(bad))
+    return Gathered(tuple(parts), rules, tuple(held), tuple(bad), kept=kept)
+
+
+def _kept(usable: RowSource, skipped: Sequence[BadRow], train: RowSource, source: Source) -> Kept:
+    sampled = min(len(usable), source.examples or len(usable))
+    reasons = Counter(row.reason for row in skipped)
+    return Kept(reasons, not_sampled=len(usable) - sampled, held_out=sampled - len(train))
 
 
 def options(run: Run) -> Filters:

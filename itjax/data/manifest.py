@@ -5,6 +5,7 @@ The shares planned are those the config asks for; those realised are counted ove
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -31,8 +32,8 @@ def manifest(data: Data, loader: Loader) -> dict[str, Any]:
         "plan": {"hash": loader.plan_hash, **plan},
         "tokenizer": {"size": data.tokenizer.size, "fingerprint": data.tokenizer.fingerprint()},
         "format": data.format.name,
-        "sources": {source.name: _rows(source) | _passes(served[source.name]) for source in data.train}
-        | {source.name: _rows(source) | _NOTHING for source in data.empty},
+        "sources": {source.name: _of_source(source, data) | _passes(served[source.name]) for source in data.train}
+        | {source.name: _of_source(source, data) | _NOTHING for source in data.empty},
         "stages": [stage | {"sources": {n: _shares(s) for n, s in stage["sources"].items()}} for stage in stages],
         "held_out": [
             {"source": part.name, "template_split": part.template_split} | _rows(part.encoded) for part in data.held
@@ -79,6 +80,17 @@ def _not_reached(loader: Loader) -> Iterator[str]:
 
 def _words(unit: str) -> str:
     return unit.replace("_", " ")
+
+
+def _of_source(source: EncodedSource, data: Data) -> dict[str, Any]:
+    """All rows of a source that could have been trained on, those among them that were dropped before encoding.
+
+    kept + dropped = rows_read, where rows have one phrasing; of more, each phrasing of a row counts as kept or dropped.
+    """
+    told, before = _rows(source), data.gathered.account_of(source.name)
+    dropped = Counter(before.pop("dropped"))
+    told["rows_read"] += dropped.total()
+    return told | before | {"dropped": dict(dropped + Counter(told["dropped"]))}
 
 
 def _rows(source: EncodedSource) -> dict[str, Any]:

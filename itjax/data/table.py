@@ -15,7 +15,8 @@ from rich.text import Text
 from itjax.base.schema import UNITS
 
 MANY = 24  # sources that are a line each; of more, those of a large group are one line together
-FOUND = ("dropped", "masked", "tagged")  # by the filters
+FOUND = ("masked", "tagged")  # by the filters, besides what they dropped
+NAME = 11  # characters of a source's name that stand in one line, however narrow the terminal
 LARGE = 8  # sources of a large group
 
 
@@ -41,8 +42,6 @@ def parts(told: Mapping[str, Any]) -> Iterator[RenderableType]:
     for name, source in told["filters"].items():
         if found := [f"{n:,} {what}: {why}" for what in FOUND for why, n in source[what].items()]:
             yield Text(f"{name}: {', '.join(found)}", style="dim")
-    if told["skipped"]:
-        yield Text(f"skipped: {', '.join(f'{n:,} {why}' for why, n in told['skipped'].items())}", style="dim")
     for warning in told["warnings"]:
         yield Text("! " + warning, style="yellow")
 
@@ -54,7 +53,7 @@ def _head(plan: Mapping[str, Any]) -> str:
 def _sources(sources: Mapping[str, Any], unit: str) -> Table:
     table = _table("", ("kept/read", "epochs"), unit)
     for name, source in _lines(sources):
-        kept = f"{source['kept']:,}/{source['rows_read'] * max(1, source['editions']):,}"
+        kept = f"{source['kept']:,}/{source['kept'] + sum(source['dropped'].values()):,}"
         table.add_row(Text(name), kept, _epochs(source), *_shares(source))
     return table
 
@@ -69,9 +68,12 @@ def _stage(stage: Mapping[str, Any], unit: str) -> Table:
 
 def _table(title: str, counts: tuple[str, ...], unit: str) -> Table:
     table = Table(title=title or None, title_justify="left", caption="planned → realised", box=None, pad_edge=False)
-    table.add_column("source", overflow="fold")
+    table.add_column("source", overflow="fold", min_width=NAME)
     for name in (*counts, *UNITS):
-        table.add_column(name.replace("_", " "), justify="right", style="bold" if name == unit else "", no_wrap=True)
+        words = name == "epochs"  # these may go on in a second line, so that names need not
+        table.add_column(
+            name.replace("_", " "), justify="right", style="bold" if name == unit else "", no_wrap=not words
+        )
     return table
 
 
@@ -93,15 +95,23 @@ def _group(name: str) -> str:
 def _together(members: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """What sources are together; their epochs are those of a passage through all of them."""
     counts: Counter[str] = Counter()
+    dropped: Counter[str] = Counter()
     for member in members:
         counts.update({name: member.get(name, 0) for name in ("kept", "examples")})
-        counts["rows_read"] += member.get("rows_read", 0) * max(1, member.get("editions", 1))
+        dropped.update(member.get("dropped", {}))
     once = sum(member["examples"] / member["epochs"] for member in members if member.get("epochs"))
     shares = {
         field: {unit: sum(member[field][unit] for member in members) for unit in UNITS}
         for field in ("planned_share", "realised_share")
     }
-    return {**counts, **shares, "epochs": counts["examples"] / once if once else 0.0, "max_epochs": None, "editions": 1}
+    return {
+        **counts,
+        **shares,
+        "dropped": dropped,
+        "epochs": counts["examples"] / once if once else 0.0,
+        "max_epochs": None,
+        "editions": 1,
+    }
 
 
 def _epochs(source: Mapping[str, Any]) -> str:

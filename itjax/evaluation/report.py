@@ -322,7 +322,8 @@ def _mixture(run: History) -> str:
 
 def _mixture_row(name: str, source: Mapping[str, Any]) -> list[str]:
     dropped = "<br>".join(f"{count:,} {escape(reason)}" for reason, count in source["dropped"].items() if count)
-    counts = [f"{source[field]:,}" for field in ("rows_read", "kept", "truncated")]
+    rows = source["kept"] + sum(source["dropped"].values())  # each phrasing of a row is one
+    counts = [f"{count:,}" for count in (rows, source["kept"], source["truncated"])]
     shares = []
     for unit in ("examples", "tokens", "trained_tokens"):
         realised = source["realised_share"][unit]

@@ -53,6 +53,17 @@ def test_a_row_that_cannot_be_read_is_skipped_listed_and_counted(run, tmp_path):
     assert [row["key"].rpartition(":")[2] for row in listed] == ["8"]
 
 
+def test_every_row_of_a_source_has_a_place_in_its_account(run):
+    """21 lines: one is broken, two are more than wanted, three are held out; some of the rest repeat others."""
+    sums = Source(files="sums.jsonl", examples=18)
+    changed = {"sources": {"sums": sums}, "evaluation": Evaluation(examples=3), "filters": ("exact_duplicates",)}
+    found = gathered(dataclasses.replace(run, **changed))
+    told = found.account_of("sums")
+    assert (told["held_out"], told["not_sampled"], told["dropped"]["not JSON"]) == (3, 2, 1)
+    assert len(found.train[0]) + 3 + 2 + sum(told["dropped"].values()) == 21
+    assert [reason.partition(":")[0] for reason in told["dropped"]] == ["not JSON", "exact_duplicates"]
+
+
 def test_more_bad_rows_than_allowed_are_an_error(run):
     with pytest.raises(ValueError, match=r"1 of 21 rows cannot be used .* more than max_bad_rows=0.01"):
         gathered(dataclasses.replace(run, max_bad_rows=0.01))

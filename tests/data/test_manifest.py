@@ -60,6 +60,22 @@ def test_every_row_is_kept_or_has_a_reason(found):
         assert source["rows_read"] == source["kept"] + sum(source["dropped"].values())
 
 
+def test_rows_that_cannot_be_read_are_dropped_from_their_source_with_the_reason(tmp_path):
+    good = [json.dumps({"prompt": f"Say {number}", "completion": "a word"}) for number in range(19)]
+    (tmp_path / "mixed.jsonl").write_text("\n".join([*good, "{", "[1]"]) + "\n")
+    (tmp_path / "clean.jsonl").write_text("\n".join(good) + "\n")
+    run = Run(
+        data_dir=str(tmp_path), files="mixed.jsonl,clean.jsonl", cache_dir=str(tmp_path), vocab_size=300, length=256,
+        steps=2, bad_rows="skip", max_bad_rows=0.2, evaluation=Evaluation(examples=3),
+    )  # fmt: skip
+    data = prepare.prepare(run, progress=lambda what, done, total: None)
+    told = manifest.manifest(data, prepare.loader(run, data, local_rows=range(run.rows), workers=0))["sources"]
+    assert told["mixed"]["dropped"] == {"not JSON": 1, "the row is not an object": 1}
+    assert [told["mixed"][name] for name in ("rows_read", "kept", "held_out")] == [18, 16, 3]
+    assert [told["clean"][name] for name in ("rows_read", "kept", "held_out")] == [16, 16, 3]
+    assert not told["clean"]["dropped"]
+
+
 def test_realised_shares_are_those_of_the_batches(found):
     """Counted here from the batches themselves."""
     told, loader = found
