@@ -210,18 +210,24 @@ def _tokenizer(run: Run, rows: Sequence[RowSource], *, folder: Path, progress: P
     if run.tokenizer != "auto":
         return tokenizer.open(run.tokenizer)
     fingerprints = [source.fingerprint() for source in rows]
-    shape = [TOKENIZER_VERSION, run.vocab_size, run.split_digits, TOKENIZER_TEXTS, *fingerprints]
+    controls = _controls(run.format)
+    shape = [TOKENIZER_VERSION, run.vocab_size, run.split_digits, TOKENIZER_TEXTS, controls, *fingerprints]
     key = hashlib.blake2b(repr(shape).encode(), digest_size=16).hexdigest()
     path = folder / "tokenizers" / f"{key}.model"
     if not path.exists():
         model = tokenizer.train(
             _texts(rows, progress),
             size=run.vocab_size,
-            controls=formats.CHATML_CONTROLS,
+            controls=controls,
             split_digits=run.split_digits,
         )
         write_whole(path, model)
     return tokenizer.open(path)
+
+
+def _controls(name: str) -> tuple[str, ...]:
+    """The control tokens that a chat format needs of its tokenizer; those of ChatML where it needs none."""
+    return (formats.FORMATS[name].controls if name in formats.FORMATS else ()) or formats.CHATML_CONTROLS
 
 
 def _texts(rows: Sequence[RowSource], progress: Progress) -> Iterator[str]:

@@ -7,6 +7,7 @@ import pytest
 
 from itjax.base.schema import Evaluation, Run, Source
 from itjax.data.prepare import prepare
+from itjax.text import formats
 
 
 def quiet(*_: object) -> None:
@@ -63,6 +64,13 @@ def test_an_embedded_task_is_held_out_in_seen_and_other_phrasings(run):
     assert [source.name for source in data.train] == ["a", "b"]
     assert [node.weight for node in data.gathered.mixture.members] == [None, 0.5]
     assert [(part.name, part.template_split) for part in data.held] == [("a", "seen"), ("a", "heldout"), ("b", None)]
+
+
+@pytest.mark.parametrize("name", sorted(formats.FORMATS))
+def test_the_automatic_tokenizer_has_the_control_tokens_of_the_format(run, name):
+    data = prepare(dataclasses.replace(run, format=name, length=512), progress=quiet)
+    assert data.format.name == name
+    assert all(data.tokenizer.control(control) is not None for control in formats.FORMATS[name].controls)
 
 
 def test_the_automatic_tokenizer_is_made_once_for_the_same_rows(run, tmp_path):
