@@ -11,6 +11,7 @@ Names and places have no pattern: a finder of one's own adds them.
 import bisect
 import functools
 import ipaddress
+import itertools
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -24,7 +25,7 @@ from itjax.data import checksums
 from itjax.data.named import named_function
 from itjax.data.stages import Example
 
-VERSION = 1  # of what is found and how it is masked; a new number makes all filtered data anew
+VERSION = 2  # of what is found and how it is masked; a new number makes all filtered data anew
 BEFORE, AFTER = 48, 32  # characters around a number in which a word may say what it is
 Finder = Callable[[str], Iterable[tuple[int, int, str]]]  # of one's own: text -> (start, stop, kind)
 
@@ -96,6 +97,7 @@ def _is_ipv4(match: re.Match[str]) -> bool:
     if any(int(part) > 255 or (len(part) > 1 and part[0] == "0") for part in parts):
         return False
     is_nobody = parts[0] in ("0", "127", "255")  # any, this machine, everybody and netmasks
+    is_nobody |= all(len(part) == 1 for part in parts)  # the number of a section, or 8.8.8.8, which is nobody's
     return not is_nobody and not VERSION_WORDS.search(match.string, max(0, match.start() - 12), match.start())
 
 
@@ -136,6 +138,7 @@ CARD_WORDS = _labels(
     r"cards?|cc|credit|debit|visa|master ?card|maestro|amex|american express|discover|diners|jcb|atm|karte|kreditkarte|"
     r"carte|tarjeta|cartão|carta"
 )
+CARD_GROUPS = {(4, 4, 4, 4), (4, 6, 5), (4, 6, 4), (4, 4, 4, 4, 3), (4, 4, 4, 3), (4, 4, 4, 2)}
 CARD_LABEL_AFTER = re.compile(r"[,;]? {1,2}(?:exp(?:iry|ires|iration)?|valid|cvv|cvc)(?![^\W_])", re.IGNORECASE)
 BITCOIN = re.compile(r"(?<![A-Za-z0-9])[13][1-9A-HJ-NP-Za-km-z]{25,34}(?![A-Za-z0-9])")
 BECH32 = re.compile(r"(?<![A-Za-z0-9])(?:bc1[02-9ac-hj-np-z]{38,71}|BC1[02-9AC-HJ-NP-Z]{38,71})(?![A-Za-z0-9])")
@@ -154,11 +157,15 @@ def _ibans(text: str) -> Iterator[Span]:
 
 
 def _is_card(match: re.Match[str]) -> bool:
-    """A network's number, or any that adds up where a word says that it is a card; 12 and 13 digits need the word."""
+    """A network's number grouped as on cards, or any that adds up where a word says that it is a card.
+
+    12 and 13 digits need the word.
+    """
     digits = _bare(match.group())
     if _near(match, CARD_WORDS) or CARD_LABEL_AFTER.match(match.string, match.end()):
         return checksums.luhn(digits)
-    return len(digits) > 13 and checksums.card(digits)
+    groups = tuple(map(len, re.split("[ -]", match.group())))
+    return len(digits) > 13 and (len(groups) == 1 or groups in CARD_GROUPS) and checksums.card(digits)
 
 
 # --- people -----------------------------------------------------------------------------------------------------------
@@ -301,7 +308,10 @@ DATE = re.compile(
     r"(?:1[4-9]|20)\d\d[ -](?:1[4-9]|20)\d\d"
 )
 THOUSANDS = re.compile(r"[1-9]\d{0,2}(?:[ .]\d{3}){1,4}")
-NUMBER_WORDS = _labels(r"isbn(?:-1[03])?|issn|doi|arxiv|invoice|order|tracking|account|id|serial|patent|zip|code|vol")
+ZIP, STATE = re.compile(r"\d{5}-\d{4}"), re.compile(r"[A-Z]{2},? \Z")  # TX 04783-3785
+NUMBER_WORDS = _labels(
+    r"part|sku|item|ticket|catalog|isbn(?:-1[03])?|issn|doi|arxiv|invoice|order|tracking|account|id|serial|patent|zip|code|vol"
+)
 
 
 def _is_phone(match: re.Match[str]) -> bool:
@@ -313,10 +323,12 @@ def _is_phone(match: re.Match[str]) -> bool:
     if shape == "vague" or (shape == "trunk" and len(digits) < 9):
         is_sum = THOUSANDS.fullmatch(number) is not None
         is_group = number.count("(") == number.count(")")
-        return len(digits) <= 12 and is_group and _is_said_to_be_phone(match, 16 if is_sum else BEFORE)
+        return len(digits) <= 12 and is_group and _is_said_to_be_phone(match, 24 if is_sum else BEFORE)
     if shape == "bracket":  # "(2004) 112-119" is a year with pages
         is_year = re.match(r"\((?:1[89]|20)\d\d\)", number) is not None
         return len(digits) >= 8 and not is_year
+    if ZIP.fullmatch(number) and STATE.search(match.string, max(0, match.start() - 4), match.start()):
+        return False
     is_addend = len(digits) < 8 or (len(digits) > 12 and number[1:].isdigit())
     if shape == "world" and is_addend:  # could be the second line of a sum
         return _is_said_to_be_phone(match, BEFORE)
@@ -347,16 +359,25 @@ KEY = re.compile(
             r"(?:AC|SK)[0-9a-f]{32}",  # Twilio
             r"npm_[A-Za-z0-9]{36}|pypi-[A-Za-z0-9_-]{50,255}|dop_v1_[0-9a-f]{64}|shpat_[0-9a-f]{32}",
             r"\d{8,10}:AA[A-Za-z0-9_-]{33}",  # Telegram
+            r"gsk_[A-Za-z0-9]{40,64}|xai-[A-Za-z0-9]{60,100}|r8_[A-Za-z0-9]{37}|nvapi-[A-Za-z0-9_-]{60,80}",  # Groq, ...
+            r"lsv2_[a-z]{2}_[0-9a-f]{32}_[0-9a-f]{10}|pplx-[A-Za-z0-9]{40,64}|tvly-[A-Za-z0-9-]{28,64}",  # LangSmith, ...
+            r"hv[sb]\.[A-Za-z0-9_-]{24,512}|dckr_pat_[A-Za-z0-9_-]{27}|dapi[0-9a-f]{32}|gls[ac]_[A-Za-z0-9_+/=]{32,255}",
+            r"lin_api_[A-Za-z0-9]{40}|ntn_[A-Za-z0-9]{40,50}|sq0(?:csp|atp)-[A-Za-z0-9_-]{22,43}|figd_[A-Za-z0-9_-]{38,48}",
+            r"key-[0-9a-f]{32}|[0-9a-f]{32}-us\d{1,2}|ATATT3[A-Za-z0-9_=-]{60,255}|AGE-SECRET-KEY-1[0-9A-Z]{58}",
             r"eyJ[A-Za-z0-9_-]{8,4096}\.eyJ[A-Za-z0-9_-]{8,4096}(?:\.[A-Za-z0-9_-]{8,4096})?",  # JSON web token
         )
     )
     + r")(?![A-Za-z0-9])"
 )
-SLACK_HOOK = re.compile(r"hooks\.slack\.com/services/T[A-Z0-9]{6,16}/B[A-Z0-9]{6,16}/[A-Za-z0-9]{16,64}")
+HOOK = re.compile(  # whoever knows the address may write there
+    r"hooks\.slack\.com/services/T[A-Z0-9]{6,16}/B[A-Z0-9]{6,16}/[A-Za-z0-9]{16,64}"
+    r"|discord(?:app)?\.com/api/webhooks/\d{16,20}/[A-Za-z0-9_-]{60,80}"
+)
+BEARER = re.compile(r"\bbearer {1,2}(?P<value>[a-z0-9._~+/-]{20,4096}={0,2})")  # in lower case
 PRIVATE_KEY = re.compile(r"-----BEGIN (?:[A-Z0-9]{2,12} ){0,4}PRIVATE KEY(?: BLOCK)?-----")
 PRIVATE_KEY_END = re.compile(r"-----END (?:[A-Z0-9]{2,12} ){0,4}PRIVATE KEY(?: BLOCK)?-----")
 ASSIGNED = re.compile(  # in lower case, so that the engine may look for first letters
-    r"(?:passw(?:or)?d|passwort|passphrase|pwd|private[_ -]?key|secret|api[_ -]?key|access[_ -]?key(?:[_ -]?id)?|"
+    r"(?:passw(?:or)?d|passwort|passphrase|pwd|(?:private|account)[_ -]?key|secret|api[_ -]?key|access[_ -]?key(?:[_ -]?id)?|"
     r"auth[_ -]?token|access[_ -]?token|api[_ -]?token|bearer[_ -]?token|refresh[_ -]?token)"
     r"[\"'`*_]{0,3}\s{0,3}(?:[:=]|=>|is)\s{0,3}[\"'`*]{0,3}"
     r"(?P<value>[^\s\"'`,;<>(){}\[\]]{5,255}[^\s\"'`,;<>(){}\[\].:])"
@@ -372,7 +393,7 @@ def _assigned(text: str) -> Iterator[Span]:
     lower = text.lower()
     if len(lower) != len(text):  # a few letters become two
         lower = "".join(low if len(low := letter.lower()) == 1 else letter for letter in text)
-    for match in ASSIGNED.finditer(lower):
+    for match in itertools.chain(ASSIGNED.finditer(lower), BEARER.finditer(lower)):
         if _is_secret(text[slice(*match.span("value"))]):
             yield Span(*match.span("value"), "secret")
 
@@ -383,6 +404,13 @@ def _is_secret(value: str) -> bool:
     has_sign = any(character in "!@#$%^&*?~+" for character in value)
     is_drawn = len(value) >= 24 and has_digit and value.lower() != value != value.upper()
     return is_drawn or (has_letter and (has_digit or has_sign) and not NO_SECRET.search(value))
+
+
+def _is_key(match: re.Match[str]) -> bool:
+    """What a machine drew, not a name with dashes, `sk-xxxx` or what a maker's manual shows."""
+    value = match.group()
+    is_drawn = any(map(str.isdigit, value)) or value.lower() != value
+    return is_drawn and len(set(value)) > 8 and "EXAMPLE" not in value
 
 
 def _private_keys(text: str) -> Iterator[Span]:
@@ -437,12 +465,14 @@ def hints(text: str) -> int:
         "1" in text or "2" in text or "0" in text or "5" in text or "3" in text
         or "4" in text or "9" in text or "8" in text or "6" in text or "7" in text
     )  # fmt: skip
+    if not has_digit and ("_" in text or "glpat-" in text or "AKIA" in text) and _has_long_word(text):
+        shown |= TOKEN  # the makers of these draw letters alone, always or now and then
     if not has_digit and "!" not in text and "$" not in text and "#" not in text:
         return shown
     lower = text.lower()
     if (
         "key" in lower or "passw" in lower or "secret" in lower
-        or "token" in lower or "pwd" in lower or "passp" in lower
+        or "token" in lower or "pwd" in lower or "passp" in lower or "bearer" in lower
     ):  # fmt: skip
         shown |= LABEL
     if not has_digit:
@@ -491,8 +521,8 @@ def _crypto(regex: re.Pattern[str], holds: Callable[[str], bool]) -> Callable[[s
 # Where two claim the same characters, the earlier has them.
 DETECTORS = (
     Detector("secret", BLOCK, _private_keys),
-    Detector("secret", TOKEN, _in_long_words(_matches("secret", SLACK_HOOK))),
-    Detector("secret", TOKEN, _in_long_words(_matches("secret", KEY))),
+    Detector("secret", TOKEN, _in_long_words(_matches("secret", HOOK))),
+    Detector("secret", TOKEN, _in_long_words(_matches("secret", KEY, _is_key))),
     Detector("url login", LINK, _matches("url login", URL_LOGIN, _is_login, "login")),
     Detector("email", AT, _matches("email", EMAIL, _is_email)),
     Detector("crypto", TOKEN, _crypto(BITCOIN, checksums.base58)),

@@ -284,3 +284,60 @@ def test_time_grows_with_the_text_and_no_faster(seed):
     times = [min(seconds(text) for _ in range(2)) for text in (short, long)]
     assert times[1] < 1
     assert times[1] < 9 * times[0] + 0.01
+
+
+LETTERS = "qWeRtYuIoPaSdFgHjKlZxCvBnMqWeRtYuI"  # drawn without a digit, as some makers do
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        f"hf_{LETTERS}",
+        f"glpat-{LETTERS[:20]}",
+        "AKIA" + "QWERTYUIOPASDFGH",
+        f"https://discord.com/api/webhooks/123456789012345678/{LETTERS * 2}",
+        f"gsk_1{LETTERS}{LETTERS[:17]}",
+        f"hvs.9{LETTERS}",
+        f"dckr_pat_{LETTERS[:26]}7",
+        "key-0123456789abcdef0123456789abcdef",
+        "0123456789abcdef0123456789abcdef-us12",
+        "dapi0123456789abcdef0123456789abcdef",
+    ],
+)
+def test_keys_are_known_by_their_makers_shape(key):
+    text = f"I lost it: {key}, sorry."
+    assert [text[s.start : s.stop] for s in privacy.find(text) if s.kind == "secret"] == [key.removeprefix("https://")]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"Authorization: Bearer {LETTERS}9",
+        f"AccountName=me;AccountKey={LETTERS * 2}+/9abcdefgABCDEFG==;EndpointSuffix=core",
+    ],
+)
+def test_tokens_in_headers_and_connection_strings_are_secrets(text):
+    assert [s.kind for s in privacy.find(text)] == ["secret"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "AKIAIOSFODNN7EXAMPLE",
+        "Set it to sk-xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx1 first.",
+        "The bearer of this letter is 42 years old; a bearer bond is paid to bearer no. 12",
+        "7.3.4.9 Results and discussion",
+        "Ask 8.8.8.8, everybody does.",
+        "part no. 203-885-6701",
+        "Sandratown, TX 07392-2120",
+        "65 483 681 734 46 571 799 402",  # adds up as a card does, but no card is written so
+        "Order 670-2191102-2371282",
+    ],
+)
+def test_manuals_sections_parts_and_lists_are_nobodys(text):
+    assert privacy.find(text) == []
+
+
+def test_a_telephone_in_three_threes_needs_its_word_not_too_far():
+    assert [s.kind for s in privacy.find("My mobile number is 888 952 562")] == ["phone"]
+    assert privacy.find("The mobile operators of this country have 888 952 562 clients") == []
