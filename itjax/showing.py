@@ -7,6 +7,7 @@ terse                                    seen
 """
 
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from rich.console import Console
@@ -39,8 +40,16 @@ def asked(run: Run) -> Iterator[Asked]:
         if source.task:
             yield _task(name, source, run)
         elif source.kind or source.templates:
-            family = phrase.family_of(source, place=f"config.sources.{name}")
-            rows = sources.open_files(source.files, columns=source.columns, data_dir=run.data_dir)[0]
+            place = f"config.sources.{name.replace('/', '.sources.')}"
+            family = phrase.family_of(source, place=place)
+            rows = sources.open_files(
+                source.files,
+                columns=source.columns,
+                shape=source.shape,
+                data_dir=run.data_dir,
+                cache_dir=Path(run.cache_dir) if run.cache_dir else None,
+                place=f"{place}.files",
+            )[0]
             yield Asked(name, family, rows.row(0), rows.key(0), {})
 
 

@@ -1,5 +1,7 @@
 """`show --templates`: every phrasing of every source, filled from a row of the source's own."""
 
+import dataclasses
+import gzip
 import io
 import json
 
@@ -75,3 +77,17 @@ def test_the_command_knows_the_flag(run, capsys, monkeypatch):
     monkeypatch.setattr(show.freeze, "load", lambda argv, values: (values(["show", *argv]), run)[1])
     assert show.command(["--templates"]) == 0
     assert "seen" in capsys.readouterr().out
+
+
+def test_a_mistake_in_a_nested_source_names_its_place(run):
+    nested = {"both": Source(sources={"mine": Source(files="nowhere.jsonl", kind="qa")})}
+    with pytest.raises(ValueError, match=r"config\.sources\.both\.sources\.mine\.files: nothing matches"):
+        printed(dataclasses.replace(run, sources=nested))
+
+
+def test_copies_of_packed_files_are_kept_in_the_cache_of_the_run(run, tmp_path):
+    packed = tmp_path / "reviews.jsonl.gz"
+    packed.write_bytes(gzip.compress((tmp_path / "reviews.jsonl").read_bytes()))
+    source = dataclasses.replace(run.sources["reviews"], files=str(packed))
+    printed(dataclasses.replace(run, sources={"reviews": source}, cache_dir=str(tmp_path / "cache")))
+    assert list((tmp_path / "cache").rglob("*"))

@@ -48,18 +48,21 @@ CACHE_ADVICE = "set cache_dir or XDG_CACHE_HOME to a folder with room that you m
 # ---------------------------------------------------------------------------------------------- which files
 
 
-def find(patterns: str, *, data_dir: str = "") -> dict[str, list[str]]:
-    """Names of sources and the paths of each: one file, or the shards `NAME-00000-of-00002` that belong together."""
+def find(patterns: str, *, data_dir: str = "", place: str = "files") -> dict[str, list[str]]:
+    """Names of sources and the paths of each: one file, or the shards `NAME-00000-of-00002` that belong together.
+
+    `place` is where the patterns stand in a config, for errors to name it.
+    """
     paths: dict[str, None] = {}
     for pattern in filter(None, below(data_dir, patterns).split(",")):
         found = list(_far(pattern) if is_far(pattern) else _near(pattern))
         if not found:
             raise ValueError(
-                f"files: nothing matches {shown(pattern)!r}; check the path (endings read: {', '.join(ENDINGS)})"
+                f"{place}: nothing matches {shown(pattern)!r}; check the path (endings read: {', '.join(ENDINGS)})"
             )
         paths.update(dict.fromkeys(found))
     if not paths:
-        raise ValueError(f"files: {patterns!r} names no file; give globs or directories separated by commas")
+        raise ValueError(f"{place}: {patterns!r} names no file; give globs or directories separated by commas")
     groups: dict[str, list[str]] = {}
     for path in paths:
         groups.setdefault(_shards(path) or shown(path), []).append(path)

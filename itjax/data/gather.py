@@ -23,7 +23,7 @@ import numpy as np
 
 from itjax.base.files import write_whole
 from itjax.base.schema import Filters, Run, Source
-from itjax.data import files, filters, mixture, phrase, recipe, sources
+from itjax.data import files, filters, mixture, phrase, recipe, shapes, sources
 from itjax.data.phrase import Phrased
 from itjax.data.recipe import Node
 from itjax.data.sources import BadRow, RowSource
@@ -127,7 +127,9 @@ def gather_unfiltered(run: Run, *, folder: Path, progress: Progress) -> Gathered
             (opened.setdefault(leaf.path, []) if leaf.path else others).append(train.name)
     held += [
         HeldRows(rows.name, None, rows)
-        for rows in sources.open_files(run.eval_files, data_dir=run.data_dir, cache_dir=folder)
+        for rows in sources.open_files(
+            run.eval_files, data_dir=run.data_dir, cache_dir=folder, place="config.eval_files"
+        )
     ] if run.eval_files else []  # fmt: skip
     names = [part.name for part in parts]
     if twice := sorted({name for name in names if names.count(name) > 1}):
@@ -188,8 +190,16 @@ class _Leaf:
                 source.task, examples=source.examples, seed=run.seed, split="train", phrasings=source.phrasings
             )
             return [_renamed(task, self.path)]
+        if source.shape not in shapes.NAMES:
+            known = ", ".join(shapes.NAMES)
+            raise ValueError(f"{self.place}.shape: {source.shape!r} is unknown; known: {known}")
         opened = sources.open_files(
-            source.files, columns=source.columns, shape=source.shape, data_dir=run.data_dir, cache_dir=folder
+            source.files,
+            columns=source.columns,
+            shape=source.shape,
+            data_dir=run.data_dir,
+            cache_dir=folder,
+            place=f"{self.place}.files",
         )
         if not self.path:
             return list(opened)

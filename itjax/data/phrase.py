@@ -292,6 +292,8 @@ def family_of(source: Source, *, place: str) -> Family:
     """The family that a source of the config names: its own files, or a kind of the library."""
     if source.kind and source.templates:
         raise ValueError(f"{place}: it names kind {source.kind!r} and templates {source.templates!r}; keep one")
+    if source.kind and source.kind not in library.kinds():
+        raise ValueError(f"{place}.kind: {source.kind!r} is unknown; {library.nearest(source.kind, library.kinds())}")
     return library.family(source.kind) if source.kind else library.read(Path(source.templates).expanduser())
 
 

@@ -181,12 +181,14 @@ def open_files(
     data_dir: str = "",
     cache_dir: Path | None = None,
     longest_row: int = LONGEST_ROW,
+    place: str = "files",
 ) -> list[FileSource]:
     """One source per file, or per set of shards, of all the files that comma-separated globs and directories name.
 
     `data_dir` is where relative names start. `columns` says which column, dotted path or position holds a field.
+    `place` is where the patterns stand in a config.
     """
-    found = files.find(patterns, data_dir=data_dir)
+    found = files.find(patterns, data_dir=data_dir, place=place)
     kwargs: dict[str, Any] = {"columns": columns, "shape": shape, "cache_dir": cache_dir, "longest_row": longest_row}
     return [FileSource(paths, name, **kwargs) for name, paths in found.items()]
 

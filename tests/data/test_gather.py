@@ -172,3 +172,24 @@ def test_sources_nest_and_keep_their_place_in_the_mixture(run):
 def test_two_sources_of_one_name_are_refused(run, tmp_path):
     with pytest.raises(ValueError, match="two sources are named 'sums'"):
         gathered(dataclasses.replace(run, files="sums.jsonl"))
+
+
+@pytest.mark.parametrize(
+    ("source", "place"),
+    [
+        (Source(files="nowhere.jsonl"), r"config\.sources\.all\.sources\.one\.files: nothing matches"),
+        (
+            Source(files="notes.jsonl", kind="clasification"),
+            r"config\.sources\.all\.sources\.one\.kind: 'clasification'",
+        ),
+        (Source(files="notes.jsonl", shape="masages"), r"config\.sources\.all\.sources\.one\.shape: 'masages'"),
+    ],
+)
+def test_a_mistake_names_its_place_in_the_config(run, source, place):
+    with pytest.raises(ValueError, match=place):
+        gathered(dataclasses.replace(run, sources={"all": Source(sources={"one": source})}))
+
+
+def test_evaluation_files_that_are_not_there_name_their_setting(run):
+    with pytest.raises(ValueError, match=r"config\.eval_files: nothing matches"):
+        gathered(dataclasses.replace(run, eval_files="nowhere.jsonl"))
