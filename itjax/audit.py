@@ -16,7 +16,7 @@ from itjax import __version__, cli
 from itjax.base import freeze
 from itjax.base.freeze import Fault
 from itjax.base.schema import Run
-from itjax.data import cache, filters, gather
+from itjax.data import cache, engine, filters, gather
 from itjax.data.filters import Examples
 from itjax.evaluation import audit as account
 
@@ -28,6 +28,7 @@ HELP = """Say what is in the data: duplicates, leaks into evaluations, personal 
   --stages=a,b    which stages; without it those of config.filters, or all that have what they need:
                   exact_duplicates, near_duplicates, leakage, personal, toxic, quality
   --workers=N     processes that look at rows (1)
+  --engine=ray    look at them on the cluster that RAY_ADDRESS names, or on Ray's workers on this machine
 
 What the stages look for is config.audit: --config.audit.personal=tag, --config.audit.word_lists='words/*.txt', ...
 """
@@ -41,18 +42,25 @@ def command(argv: Sequence[str]) -> int:
     flags.DEFINE_string("out", None, "the folder to write to", flag_values=values)
     flags.DEFINE_string("stages", None, "names of stages, separated by commas", flag_values=values)
     flags.DEFINE_integer("workers", 1, "processes that look at rows", flag_values=values)
+    flags.DEFINE_string("engine", filters.ENGINES[0], "where rows are looked at", flag_values=values)
     run = freeze.load(argv, values)
     if not values.out:
         raise Fault("--out: missing; name a folder for the manifest and the page, e.g. --out=audit")
     if values.workers < 1:
         raise Fault(f"--workers: {values.workers} is out of range; it must be at least 1")
+    if values.engine not in filters.ENGINES:
+        raise Fault(f"--engine: {values.engine!r} is unknown; known: {', '.join(filters.ENGINES)}")
+    if values.engine == "ray":
+        engine.installed()
     with Bar() as bar:
         opened = gather.gather_unfiltered(
             run, folder=Path(run.cache_dir) if run.cache_dir else cache.default_dir(), progress=bar.show
         )
         train, held = opened.train, [part.rows for part in opened.held]
         names = stages_of(run, values.stages)
-        review = filters.review(train, held, names, gather.options(run), progress=bar.looking, workers=values.workers)
+        review = filters.review(
+            train, held, names, gather.options(run), progress=bar.looking, workers=values.workers, on=values.engine
+        )
         written = account.write(Path(values.out), review, Examples(train, held), version=__version__, bad=opened.bad)
     Console().print(account.table(review))
     for path in written:

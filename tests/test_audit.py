@@ -1,6 +1,7 @@
 """An audit of a small corpus whose every number is known: what the manifest says, what the page shows and hides."""
 
 import hashlib
+import importlib.util
 import json
 import subprocess
 import sys
@@ -138,10 +139,29 @@ def test_processes_and_stages_chosen(place):
     assert json.loads((out / "manifest.json").read_text())["stages"] == ["personal", "quality"]
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="needs ray: pip install 'itjax[audit-ray]'")
+def test_ray_writes_the_same_files(done, place):
+    there = place / "ray"
+    on_ray = run(place, f"--out={there}", "--engine=ray")
+    assert on_ray.returncode == 0, on_ray.stderr
+    for name in ("manifest.json", "findings.jsonl", "report.html"):
+        assert (there / name).read_text() == (place / "out" / name).read_text()
+
+
+@pytest.mark.skipif(importlib.util.find_spec("ray") is not None, reason="ray is there")
+def test_without_ray_the_message_says_what_to_install(place):
+    missing = run(place, f"--out={place / 'none'}", "--engine=ray")
+    assert missing.returncode == 2
+    assert "pip install 'itjax[audit-ray]'" in missing.stderr
+    assert len(missing.stderr.strip().splitlines()) == 1
+
+
 @pytest.mark.parametrize(
     "more, message",
     [
         ([], "--out: missing"),
+        (["--out=x", "--engine=spark"], "--engine: 'spark' is unknown; known: process, ray"),
         (["--out=x", "--stages=personl"], "'personl' is no stage. Did you mean 'personal'?"),
         (["--out=x", "--workers=0"], "--workers: 0 is out of range"),
         (["--out=x", "--config.audit.word_lists=/nowhere"], "nothing matches '/nowhere'"),

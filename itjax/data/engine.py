@@ -14,7 +14,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -38,7 +38,7 @@ from itjax.data.stages import (
 ROWS = 1024  # examples that are looked at in one go
 SHARDS_PER_CORE = 4  # parts the buckets are shuffled into; one has to fit into the memory of its worker
 NOBODY = -1  # the shard of a finding, which shares its bucket with nobody
-UNREADABLE = -1  # in place of a stage: the row has no conversation to look at
+UNREADABLE, SEEN = -1, -2  # in place of a stage: the row has no conversation to look at; a file that rows are in
 
 TOLD = pa.schema(  # what is known of an example: a finding, or its mark in one bucket
     [
@@ -47,7 +47,7 @@ TOLD = pa.schema(  # what is known of an example: a finding, or its mark in one 
         ("number", pa.int64()),
         ("order", pa.int64()),
         ("bucket", pa.binary()),
-        ("about", pa.string()),  # the finding, or the address, or why the row cannot be read
+        ("about", pa.string()),  # the finding, or the address, or why the row cannot be read, or the file
         ("content", pa.binary()),
     ]
 )
@@ -61,6 +61,24 @@ class Examples(Protocol):
     def __getitem__(self, number: int) -> Example: ...
 
 
+class Unreadable(NamedTuple):
+    """A row without a conversation to look at."""
+
+    number: int
+    reason: str
+    why: str
+
+
+class Told(NamedTuple):
+    """What the workers say of all examples."""
+
+    noted: list[Noted]  # in the order of the examples and then of the stages
+    unreadable: list[Unreadable]
+    files: list[
+        tuple[int, str]
+    ]  # every `path` of `path:line`, at least once, with the number of an example that is in it
+
+
 def run(
     stages: Sequence[Stage], examples: Examples, *, shards: int = 0, unreadable: Counter[str] | None = None
 ) -> list[Finding]:
@@ -68,37 +86,45 @@ def run(
 
     Rows that cannot be read are counted in `unreadable` by their reasons; without it such a row is an error.
     """
-    ray = _ray()
+    told = look_at_all(stages, examples, shards=shards)
+    if unreadable is not None:
+        unreadable.update(row.reason for row in told.unreadable)
+    elif told.unreadable:
+        raise ValueError(f"audit: {told.unreadable[0].why}; mend the row, or count such rows in `unreadable`")
+    return [note.finding for note in told.noted]
+
+
+def look_at_all(stages: Sequence[Stage], examples: Examples, *, shards: int = 0) -> Told:
+    """The same with everything else that was learnt on the way."""
+    ray = installed()
     started = not ray.is_initialized()
     if started:
         ray.init(configure_logging=False, log_to_driver=False)
     try:
         shards = shards or SHARDS_PER_CORE * max(1, int(ray.cluster_resources()["CPU"]))
-        return _run(ray, stages, examples, shards, unreadable)
+        return _run(ray, stages, examples, shards)
     finally:
         if started:
             ray.shutdown()
 
 
-def _run(
-    ray: Any, stages: Sequence[Stage], examples: Examples, shards: int, unreadable: Counter[str] | None
-) -> list[Finding]:
+def _run(ray: Any, stages: Sequence[Stage], examples: Examples, shards: int) -> Told:
     if not len(examples):
-        return []
+        return Told([], [], [])
     held = ray.put((tuple(stages), examples))
     get = ray.get
     numbers = ray.data.range(len(examples), override_num_blocks=max(1, min(shards, len(examples) // ROWS)))
     told = numbers.map_batches(
         partial(_look, get, held, shards), batch_size=ROWS, batch_format="pyarrow", zero_copy_batch=True
     ).materialize()  # rows are read once
-    noted = []
+    noted, unreadable, files = [], [], []
     for row in told.map_batches(_alone, batch_format="pyarrow").iter_rows():
-        if row["stage"] != UNREADABLE:
-            noted.append(_noted(row))
-        elif unreadable is None:
-            raise ValueError(f"audit: {row['content'].decode()}; mend the row, or count such rows in `unreadable`")
+        if row["stage"] == UNREADABLE:
+            unreadable.append(Unreadable(row["number"], row["about"], row["content"].decode()))
+        elif row["stage"] == SEEN:
+            files.append((row["number"], row["about"]))
         else:
-            unreadable[row["about"]] += 1
+            noted.append(_noted(row))
     places = [place for place, stage in enumerate(stages) if looks_at_groups(stage)]
     if places:
         marks = told.map_batches(_marks, batch_format="pyarrow")
@@ -112,7 +138,7 @@ def _run(
             stage = stages[place]
             assert looks_at_groups(stage)
             noted.extend(grouped(stage, place, found[place]))
-    return in_order(noted)
+    return Told(in_order(noted), sorted(unreadable), files)
 
 
 # ---------------------------------------------------------------------------------------------- on the workers
@@ -121,22 +147,26 @@ def _run(
 def _look(get: Callable[[Any], Any], held: Any, shards: int, batch: pa.Table) -> pa.Table:
     stages, examples = get(held)
     rows: list[tuple[Any, ...]] = []
+    files: dict[tuple[str, str, str], int] = {}
     for number in batch["id"].to_pylist():
         try:
             example = examples[number]
         except BadRow as error:
             rows.append((NOBODY, UNREADABLE, number, 0, b"", error.reason, str(error).encode()))
             continue
+        address = address_of(example)
+        files.setdefault((address.split, address.source, address.key.rpartition(":")[0]), number)
         noted, marked = look(stages, example)
         for note in noted:
-            about = json.dumps(dataclasses.asdict(note.finding))
-            rows.append((NOBODY, note.stage, number, note.order, b"", about, b""))
-        address = json.dumps(address_of(example))
+            finding = json.dumps(dataclasses.asdict(note.finding))
+            rows.append((NOBODY, note.stage, number, note.order, b"", finding, b""))
+        about = json.dumps(address)
         for place, marks in marked:
             rows += [
-                (_shard(mark, shards), place, number, order, mark.bucket, address, mark.content)
+                (_shard(mark, shards), place, number, order, mark.bucket, about, mark.content)
                 for order, mark in enumerate(marks)
             ]
+    rows += [(NOBODY, SEEN, number, 0, b"", path, b"") for (_, _, path), number in files.items()]
     return _table(rows, TOLD)
 
 
@@ -183,7 +213,8 @@ def _address(text: str) -> Address:
     return Address(*json.loads(text))
 
 
-def _ray() -> Any:
+def installed() -> Any:
+    """The module ray. Raises ValueError with what to install where it is absent."""
     try:
         importlib.import_module("ray.data")
         return importlib.import_module("ray")

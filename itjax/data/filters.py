@@ -9,7 +9,6 @@ read        0   <EMAIL> 2               4          `Filtered`: masked whenever a
 import dataclasses
 import hashlib
 import json
-from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,19 +20,20 @@ import numpy as np
 from itjax.base.freeze import nearest
 from itjax.base.records import Conversation, Finding
 from itjax.base.schema import Filters
-from itjax.data import duplicates, leakage, privacy, quality, sources, stages, toxicity
+from itjax.data import duplicates, engine, leakage, privacy, quality, sources, stages, toxicity
 from itjax.data.duplicates import NearDuplicates
 from itjax.data.leakage import Contamination, Leakage
 from itjax.data.privacy import Finder, Personal
 from itjax.data.quality import Quality
 from itjax.data.sources import BadRow, RowSource
-from itjax.data.stages import Example, Stage
+from itjax.data.stages import Example, Noted, Stage
 from itjax.data.toxicity import Classifier, Toxic
 
 VERSION = 1  # of how findings become rows; a new number makes all filtered data anew
 CHUNK = 256  # rows that are read together
 SAMPLE = 200  # rows of a source that show what most of its rows say
 SMALL = 4096  # rows for which no process is started
+ENGINES = ("process", "ray")  # where rows are looked at
 Progress = Callable[[int, int], None]  # rows done, rows in all
 
 
@@ -112,6 +112,11 @@ class Examples:
         source, split = self._parts[part]
         return _example(number, split, source, source.conversation(number - int(self._starts[part])))
 
+    def to_send(self) -> "Examples":
+        """The same for another machine, where nobody watches."""
+        train, held = ([source for source, its in self._parts if its == split] for split in ("train", "eval"))
+        return Examples(train, held)
+
     def part(self, number: int) -> int:
         """Which source an example is of."""
         return int(np.searchsorted(self._starts, number, side="right")) - 1
@@ -154,27 +159,6 @@ def _readable(source: RowSource, rows: range, unreadable: Counter[str]) -> Itera
             unreadable[error.reason] += 1
         else:
             yield row, conversation
-
-
-class _Known:
-    """Which example a finding is of, from 8 bytes an example: both come in the same order."""
-
-    def __init__(self) -> None:
-        self._numbers, self._marks = array("q"), array("q")
-
-    def note(self, examples: Iterable[Example]) -> Iterator[Example]:
-        for example in examples:
-            self._numbers.append(example.number)
-            self._marks.append(hash((example.conversation.source, example.conversation.key)))
-            yield example
-
-    def numbers(self, findings: Iterable[Finding]) -> Iterator[int]:
-        at = 0
-        for finding in findings:
-            mark = hash((finding.source, finding.key))
-            while self._marks[at] != mark:
-                at += 1
-            yield self._numbers[at]
 
 
 # --- what becomes of them ---------------------------------------------------------------------------------------------
@@ -243,17 +227,19 @@ def review(
     own: Own | None = None,
     progress: Progress | None = None,
     workers: int = 1,
+    on: str = "process",
 ) -> Review:
-    """Every row looked at by the stages named: one pass, memory for the findings and 16 bytes a row.
+    """Every row looked at by the stages named in one pass, on this machine (memory for the findings) or `on` "ray".
 
     Held-out rows are looked at so that nothing to train on repeats them; they are never dropped.
     """
     built = [_informed(stage, train) for stage in build(names, options, own)]
-    examples, known = Examples(train, held, progress), _Known()
-    workers = workers if len(examples) > SMALL else 1
-    findings = stages.run(built, known.note(examples), workers=workers) if built else []
+    examples = Examples(train, held, progress)
+    noted: list[Noted] = []
+    if built:
+        noted = _notes_of_cluster(built, examples) if on == "ray" else _notes(built, examples, workers)
+    findings, numbers = tuple(note.finding for note in noted), tuple(note.number for note in noted)
     parts: list[dict[int, list[Finding]]] = [{} for _ in (*train, *held)]
-    numbers = tuple(known.numbers(findings))
     for number, finding in zip(numbers, findings, strict=True):
         parts[examples.part(number)].setdefault(examples.row(number), []).append(finding)
     splits = ["train"] * len(train) + ["eval"] * len(held)
@@ -266,7 +252,7 @@ def review(
         tuple(names),
         options,
         reviewed,
-        tuple(findings),
+        findings,
         numbers,
         tuple(
             filtered(source, one.kept, names, options, own, shape=shape)
@@ -274,6 +260,21 @@ def review(
         ),
         _contamination(built, findings, reviewed),
     )
+
+
+def _notes(built: Sequence[Stage], examples: Examples, workers: int) -> list[Noted]:
+    """What the stages say of the rows, looked at on this machine."""
+    return stages.notes(built, examples, workers=workers if len(examples) > SMALL else 1)
+
+
+def _notes_of_cluster(built: Sequence[Stage], examples: Examples) -> list[Noted]:
+    """The same, looked at by Ray's workers, with the same said in `examples` of rows and files."""
+    told = engine.look_at_all(built, examples.to_send())
+    for row in told.unreadable:
+        examples.unreadable[examples.part(row.number)][row.reason] += 1
+    for number, path in told.files:
+        examples.files[examples.part(number)].add(path)
+    return told.noted
 
 
 def _informed(stage: Stage, train: Sequence[RowSource]) -> Stage:

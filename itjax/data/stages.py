@@ -108,6 +108,13 @@ def run(
     stages: Sequence[Stage], examples: Iterable[Example], *, workers: int = 1, memory: int = MEMORY
 ) -> list[Finding]:
     """All findings, in the order of the examples and then of the stages; the same for any number of workers."""
+    return [note.finding for note in notes(stages, examples, workers=workers, memory=memory)]
+
+
+def notes(
+    stages: Sequence[Stage], examples: Iterable[Example], *, workers: int = 1, memory: int = MEMORY
+) -> list[Noted]:
+    """The same, each with the number of its example."""
     noted: list[Noted] = []
     with ExitStack() as opened:
         groups = {place: stage for place, stage in enumerate(stages) if looks_at_groups(stage)}
@@ -144,8 +151,8 @@ def grouped(stage: GroupStage, place: int, pairs: Iterable[Pair]) -> Iterator[No
         yield Noted(number, place, order, finding)
 
 
-def in_order(noted: list[Noted]) -> list[Finding]:
-    return [note.finding for note in sorted(noted, key=lambda note: note[:3])]
+def in_order(noted: list[Noted]) -> list[Noted]:
+    return sorted(noted, key=lambda note: note[:3])
 
 
 def address_of(example: Example) -> Address:
