@@ -25,14 +25,15 @@ from itjax.base.records import Conversation, Finding, Message
 from itjax.base.schema import Filters
 from itjax.data.stages import Address, Example, Mark, Pair
 
+VERSION = 1  # of what repeats; a new number makes all filtered data anew
 PARTS = ("prompt", "response", "both")
 BETWEEN = "\0"  # prompt and response: "say hi", "there" is not "say", "hi there"
 COMPARISONS = 64  # other texts that a text is compared with in one bucket: keeps crowded buckets linear
 MOST_SAY = 0.5  # share of the rows of a source from which on a shingle is boilerplate
 FEWEST = 20  # rows that show what is boilerplate
 BLOCK = 512  # shingles that are permuted at one time
-# Written without spaces: a character stands for a word.
 SPREAD = np.uint64(0x9E3779B97F4A7C15)  # odd; bits of the golden ratio
+# Written without spaces: a character stands for a word.
 UNSPACED = re.compile("([\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff])")
 
 

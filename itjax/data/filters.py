@@ -356,7 +356,7 @@ def filtered(
 
 def fingerprint(names: Sequence[str], options: Filters) -> str:
     """Changes with the stages, their settings, the files that these name, and their versions."""
-    versions = [VERSION, privacy.VERSION, toxicity.VERSION, quality.VERSION]
+    versions = [VERSION, *(module.VERSION for module in (duplicates, leakage, privacy, toxicity, quality))]
     lists = [words.fingerprint for words in toxicity.read_word_lists(options.word_lists)] if "toxic" in names else []
     leaks = "leakage" in names and options.leakage_files
     items = [source.fingerprint() for source in sources.open_files(options.leakage_files)] if leaks else []

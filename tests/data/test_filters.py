@@ -8,7 +8,7 @@ import pytest
 
 from itjax.base.records import Conversation, Message
 from itjax.base.schema import Filters
-from itjax.data import filters, sources
+from itjax.data import duplicates, filters, leakage, privacy, quality, sources, toxicity
 from itjax.data.filters import Own
 
 MAIL = "write to ann@example.org"
@@ -119,6 +119,13 @@ def test_the_fingerprint_changes_with_rows_stages_and_settings():
     ]
     assert same[0] == same[1]
     assert len({same[0], *others, source.fingerprint()}) == 5
+
+
+@pytest.mark.parametrize("module", [duplicates, filters, leakage, privacy, quality, toxicity])
+def test_the_fingerprint_changes_with_every_version(module, monkeypatch):
+    before = filters.fingerprint(("personal",), Filters())
+    monkeypatch.setattr(module, "VERSION", module.VERSION + 1)
+    assert filters.fingerprint(("personal",), Filters()) != before
 
 
 @pytest.fixture
