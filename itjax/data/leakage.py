@@ -33,7 +33,7 @@ MOST = 100  # items of one evaluation set that one training example is reported 
 TURNS = ("messages", "conversations", "conversation", "turns", "dialogue")  # fields, whatever their case
 ASKS = ("instruction", "question", "prompt", "problem", "query", "goal", "input")
 TEXTS = ("text", "sentence", "content")  # where nothing asks
-TOKENS = re.compile(r'[ ,.?!:;()"-]|\n|\\')
+TOKENS = re.compile(r'[\s,.?!:;()"\\-]')
 SPREAD = np.uint64(0xD1342543DE82EF95)  # odd
 COVERS = "covers an evaluation item"
 IS_SHORT = "is a short evaluation item"
@@ -43,7 +43,10 @@ Ask = Callable[[np.ndarray], Iterable[tuple[int, float]]]  # tokens of a turn ->
 
 
 def tokens_of(text: str) -> list[str]:
-    """As published; and scripts without spaces by characters, or a whole sentence would be one token."""
+    """As published, where only blanks and line feeds are white space; here any is, for files come with tabs and `\\r\\n`.
+
+    Scripts without spaces go by characters, or a whole sentence would be one token.
+    """
     return [token for token in TOKENS.split(spaced(text.lower())) if token]
 
 
