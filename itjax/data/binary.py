@@ -12,7 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from array_record.python.array_record_module import ArrayRecordReader
 
-from itjax.data.files import Bytes, create
+from itjax.base.files import create_private
+from itjax.data.files import Bytes
 from itjax.data.places import Layout, Place, places_at
 from itjax.data.strict_json import RowError, parse
 
@@ -64,7 +65,7 @@ def unpack_parquet(data: Bytes, target: Path) -> dict[str, int]:
     """Writes the rows of a Parquet file as Arrow batches of one size; returns how many rows there are, and in a batch."""
     rows = 0
     try:
-        with pq.ParquetFile(data.path) as file, create(target) as sink, contextlib.ExitStack() as stack:
+        with pq.ParquetFile(data.path) as file, create_private(target) as sink, contextlib.ExitStack() as stack:
             size, writer = _batch_size(file.metadata), None
             for table in _equal_tables(map(_plain, file.iter_batches(size)), size):
                 writer = writer or stack.enter_context(pa.ipc.new_file(sink, table.schema))

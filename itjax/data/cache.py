@@ -29,6 +29,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from itjax.base.files import create_private, private_folder
 from itjax.base.records import TokenizedExample
 from itjax.data import sources
 from itjax.data.encode import Dropped, Encoding, encode_many
@@ -130,8 +131,7 @@ def encode_source(
 def default_dir() -> Path:
     """The user's cache folder, readable by nobody else."""
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    _make_private(home / "itjax")
-    return home / "itjax"
+    return private_folder(home / "itjax")
 
 
 def _fingerprint(source: RowSource, encoding: Encoding) -> str:
@@ -233,7 +233,7 @@ def _build(
     progress: Progress | None,
 ) -> None:
     """Makes the folder beside its place and renames it. Who finds the place taken had company, and is content."""
-    _make_private(place.parent)
+    private_folder(place.parent)
     _remove_leftovers(place.parent)
     building = place.parent / f"{BUILDING}-{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex}"
     building.mkdir(mode=0o700)
@@ -246,7 +246,7 @@ def _build(
             "fingerprint": fingerprint,
             "rows_fingerprint": _fingerprint(first, encoding),
         }
-        with _create(building / SUMMARY) as file:
+        with create_private(building / SUMMARY) as file:
             file.write(json.dumps(summary, indent=1).encode())
             _sync(file)
         _sync_folder(building)
@@ -272,7 +272,7 @@ def _write_columns(
     editions = _editions(source)
     edition_ends = np.zeros(editions, np.int64)
     with contextlib.ExitStack() as stack:
-        files = {name: stack.enter_context(_create(folder / name)) for name in COLUMNS}
+        files = {name: stack.enter_context(create_private(folder / name)) for name in COLUMNS}
         for chunk in _chunks(source, encoding, workers=workers):
             numbers = np.array([templates.setdefault(name, len(templates)) for name in chunk.templates], np.int32)
             columns = chunk.columns | {
@@ -365,16 +365,6 @@ def _is_running(pid: int) -> bool:
     except PermissionError:
         pass
     return True
-
-
-def _make_private(folder: Path) -> None:
-    """The folder, made for this user alone if it is new."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    folder.mkdir(mode=0o700, exist_ok=True)
-
-
-def _create(path: Path) -> Any:
-    return open(path, "xb", opener=lambda name, flags: os.open(name, flags, 0o600))
 
 
 def _sync(file: Any) -> None:

@@ -27,6 +27,8 @@ from typing import IO, Any
 import fsspec
 import zstandard
 
+from itjax.base.files import create_private, private_folder
+
 BLOCK = 1 << 20
 LONGEST_ROW = 64 << 20  # bytes
 MOST_UNPACKED = 200  # times the size of a packed file, once that is more than a longest row
@@ -287,11 +289,9 @@ def keep(cache_dir: Path, path: str, facts: str, *, how: str, build: Callable[[P
 
 def _private(folder: Path) -> Path:
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        folder.mkdir(mode=0o700, exist_ok=True)
+        return private_folder(folder)
     except OSError as error:
         raise ValueError(f"{folder}: cannot be made ({error.strerror}); {CACHE_ADVICE}") from None
-    return folder
 
 
 def _short(*texts: str) -> str:
@@ -349,11 +349,6 @@ def _is_running(process: int) -> bool:
     return True
 
 
-def create(path: Path) -> IO[bytes]:
-    """A new file that nobody else can read."""
-    return open(path, "xb", opener=lambda name, flags: os.open(name, flags, 0o600))
-
-
 # ---------------------------------------------------------------------------------------------- packed files
 
 
@@ -377,7 +372,7 @@ def check_ending(path: str, packed: str) -> None:
 def fetch(path: str, target: Path) -> None:
     """Copies a far file."""
     system, place = _system(path)
-    with _told(path), system.open(place, "rb") as far, create(target) as near:
+    with _told(path), system.open(place, "rb") as far, create_private(target) as near:
         shutil.copyfileobj(far, near, BLOCK)
 
 
@@ -385,7 +380,7 @@ def unpack(source: str, target: Path, *, packed: str, name: str, longest: int) -
     """Writes what a packed file holds, as long as that is within bounds."""
     most = max(MOST_UNPACKED * os.stat(source).st_size, longest)
     written = 0
-    with open(source, "rb") as file, create(target) as unpacked:
+    with open(source, "rb") as file, create_private(target) as unpacked:
         for block in _gunzip(file, name) if packed == ".gz" else _unzstd(file, name):
             written += len(block)
             if written > most:

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from itjax.base.files import write_whole
+from itjax.base.files import write_private, write_whole
 from itjax.base.schema import Filters, Run, Source
 from itjax.data import files, filters, mixture, phrase, recipe, shapes, sources
 from itjax.data.phrase import Phrased
@@ -285,15 +285,16 @@ def _usable(rows: RowSource, leaf: _Leaf, run: Run, folder: Path, progress: Prog
 def _bad_rows(rows: RowSource, folder: Path, progress: Progress) -> dict[int, BadRow]:
     """The rows that cannot be read, found before or now."""
     key = hashlib.blake2b(f"{CHECKS_VERSION} {rows.fingerprint()}".encode(), digest_size=16).hexdigest()
-    place = folder / "checked" / f"{key}.json"
-    if not place.exists():
+    name = f"checked/{key}.json"
+    if not (folder / name).exists():
         found = sources.bad_rows(
             rows,
             workers=os.cpu_count() or 1,
             progress=lambda done, total: progress("checking rows", done, total),
         )
-        write_whole(place, json.dumps([[row, bad.key, bad.reason, bad.why] for row, bad in found.items()]))
-    return {row: BadRow(key, reason, why) for row, key, reason, why in json.loads(place.read_text())}
+        told = [[row, bad.key, bad.reason, bad.why] for row, bad in found.items()]
+        write_private(folder, name, json.dumps(told))
+    return {row: BadRow(key, reason, why) for row, key, reason, why in json.loads((folder / name).read_text())}
 
 
 def _part(rows: RowSource, choose: Callable[[Any], Any]) -> RowSource:
@@ -326,7 +327,7 @@ def _filtered(opened: Gathered, run: Run, *, folder: Path, progress: Progress) -
     key = hashlib.blake2b(json.dumps([shape, contents]).encode(), digest_size=16).hexdigest()
     place = folder / "filtered" / key
     if not (place / "kept.json").exists():
-        _review(opened, run, place, progress)
+        _review(opened, run, folder, f"filtered/{key}", progress)
     found = json.loads((place / "kept.json").read_text())
     train = []
     for rows, dropped in zip(opened.train, found["dropped_rows"], strict=True):
@@ -336,7 +337,7 @@ def _filtered(opened: Gathered, run: Run, *, folder: Path, progress: Progress) -
     return replace(opened, train=tuple(train), filtering=told)
 
 
-def _review(opened: Gathered, run: Run, place: Path, progress: Progress) -> None:
+def _review(opened: Gathered, run: Run, folder: Path, place: str, progress: Progress) -> None:
     """Looks at every row and keeps what was found; `kept.json` is written last and makes it count."""
     found = filters.review(
         [as_reviewed(rows) for rows in opened.train],
@@ -349,5 +350,5 @@ def _review(opened: Gathered, run: Run, place: Path, progress: Progress) -> None
     train = [one for one in found.reviewed if one.split == "train"]
     dropped = [np.setdiff1d(np.arange(one.rows), one.kept, assume_unique=True).tolist() for one in train]
     told = {"dropped_rows": dropped, "counts": found.counts(), "notes": found.notes()}
-    write_whole(place / "findings.jsonl", "".join(filters.lines(found.findings)))
-    write_whole(place / "kept.json", json.dumps(told))
+    write_private(folder, f"{place}/findings.jsonl", "".join(filters.lines(found.findings)))
+    write_private(folder, f"{place}/kept.json", json.dumps(told))

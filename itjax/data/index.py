@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from itjax.base.files import create_private
 from itjax.data import binary, cells, files, layouts, shapes
 from itjax.data.files import Bytes
 from itjax.data.places import PLACE, Layout, Place
@@ -109,7 +110,7 @@ def _build(original: Bytes, reading: Reading, folder: Path) -> None:
         data = Bytes(str(folder / CONTENT), original.origin, original.seen)
     layout = layouts.LAYOUTS[kind](data, facts, longest=reading.longest)
     counts, rows = _Counts(), 0
-    with files.create(folder / PLACES) as file:
+    with create_private(folder / PLACES) as file:
         for places in _places(layout, reading, counts):
             file.write(places.tobytes())
             rows += len(places)
@@ -117,7 +118,7 @@ def _build(original: Bytes, reading: Reading, folder: Path) -> None:
     content = CONTENT if (folder / CONTENT).exists() else ""
     summary = {"digest": digest, "kind": kind, "facts": facts, "rows": rows, "content": content}
     summary |= {"notes": _notes(layout, counts)}
-    with files.create(folder / SUMMARY) as file:
+    with create_private(folder / SUMMARY) as file:
         file.write(json.dumps(summary).encode())
 
 

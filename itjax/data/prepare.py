@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from itjax.base.files import write_whole
+from itjax.base.files import write_private
 from itjax.base.records import Conversation
 from itjax.base.schema import Run
 from itjax.data import cache, gather
@@ -213,16 +213,16 @@ def _tokenizer(run: Run, rows: Sequence[RowSource], *, folder: Path, progress: P
     controls = _controls(run.format)
     shape = [TOKENIZER_VERSION, run.vocab_size, run.split_digits, TOKENIZER_TEXTS, controls, *fingerprints]
     key = hashlib.blake2b(repr(shape).encode(), digest_size=16).hexdigest()
-    path = folder / "tokenizers" / f"{key}.model"
-    if not path.exists():
+    name = f"tokenizers/{key}.model"
+    if not (folder / name).exists():
         model = tokenizer.train(
             _texts(rows, progress),
             size=run.vocab_size,
             controls=controls,
             split_digits=run.split_digits,
         )
-        write_whole(path, model)
-    return tokenizer.open(path)
+        write_private(folder, name, model)
+    return tokenizer.open(folder / name)
 
 
 def _controls(name: str) -> tuple[str, ...]:

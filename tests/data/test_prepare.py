@@ -1,7 +1,9 @@
 """From a config to encoded data: what is held out is never trained on, what is left out is told."""
 
 import dataclasses
+import gzip
 import json
+import os
 
 import pytest
 
@@ -77,3 +79,21 @@ def test_the_automatic_tokenizer_is_made_once_for_the_same_rows(run, tmp_path):
     first, second = (prepare(run, progress=quiet).tokenizer.fingerprint() for _ in range(2))
     assert first == second
     assert len(list((tmp_path / "cache" / "tokenizers").glob("*.model"))) == 1
+
+
+@pytest.mark.parametrize("is_there", [False, True])
+def test_nobody_else_can_read_what_is_kept_of_the_data(run, tmp_path, is_there):
+    """A cache folder of one's own that others may list: what is put into it they may not."""
+    place = tmp_path / "cache"
+    packed = tmp_path / "packed.jsonl.gz"
+    packed.write_bytes(gzip.compress((tmp_path / "mine.jsonl").read_bytes()))
+    before = os.umask(0o022)
+    try:
+        if is_there:
+            place.mkdir(mode=0o755)
+        prepare(dataclasses.replace(run, files=str(packed), bad_rows="skip", filters=("personal",)), progress=quiet)
+    finally:
+        os.umask(before)
+    made = [place, *place.rglob("*")][is_there:]
+    assert {path.name for path in made} >= {"checked", "files", "filtered", "tokenizers", "findings.jsonl", "tokens"}
+    assert [path for path in made if path.stat().st_mode & 0o077] == []
