@@ -25,7 +25,7 @@ from itjax.base.records import Conversation, Finding, Message
 from itjax.base.schema import Filters
 from itjax.data.stages import Address, Example, Mark, Pair
 
-VERSION = 1  # of what repeats; a new number makes all filtered data anew
+VERSION = 2  # of what repeats; a new number makes all filtered data anew
 PARTS = ("prompt", "response", "both")
 BETWEEN = "\0"  # prompt and response: "say hi", "there" is not "say", "hi there"
 COMPARISONS = 64  # other texts that a text is compared with in one bucket: keeps crowded buckets linear
@@ -33,6 +33,9 @@ MOST_SAY = 0.5  # share of the rows of a source from which on a shingle is boile
 FEWEST = 20  # rows that show what is boilerplate
 BLOCK = 512  # shingles that are permuted at one time
 SPREAD = np.uint64(0x9E3779B97F4A7C15)  # odd; bits of the golden ratio
+# Marks of a sentence before a word, and behind one: they make no difference.
+OPEN = "\"'([\u201c\u201e\u2018\u00ab\u300c"
+CLOSE = ".,;:!?\"')]\u2026\u201d\u201c\u2019\u00bb\u3001\u3002\u300d"
 # Written without spaces: a character stands for a word.
 UNSPACED = re.compile("([\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff])")
 
@@ -259,10 +262,9 @@ def words_of(text: str) -> list[str]:
 def shingles(text: str, width: int) -> np.ndarray:
     """Hashes of all stretches of `width` words, each once and in order; a shorter text is one stretch."""
     words = words_of(text)
-    if not words:
-        return np.empty(0, np.uint32)
     words_W = np.fromiter(map(_word_hash, words), np.uint64, len(words))
-    return np.unique(stretches(words_W, min(width, len(words))))
+    words_W = words_W[words_W != 0]
+    return np.unique(stretches(words_W, min(width, len(words_W)))) if len(words_W) else np.empty(0, np.uint32)
 
 
 def stretches(words_W: np.ndarray, width: int) -> np.ndarray:
@@ -276,7 +278,9 @@ def stretches(words_W: np.ndarray, width: int) -> np.ndarray:
 
 @lru_cache(maxsize=1 << 16)
 def _word_hash(word: str) -> int:
-    return int.from_bytes(hashlib.blake2b(word.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
+    """The same for `so,` and `so`, 0 for marks alone; .5, + and x*y are words of their own."""
+    bare = word.lstrip(OPEN).rstrip(CLOSE).encode("utf-8", "surrogatepass")
+    return int.from_bytes(hashlib.blake2b(bare, digest_size=8).digest(), "little") if bare else 0
 
 
 def _turns_and_frame(conversation: Conversation, part: str) -> tuple[str, str]:

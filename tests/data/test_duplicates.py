@@ -419,3 +419,15 @@ def test_the_same_input_under_another_instruction_is_another_example():
     stage = NearDuplicates("prompt", 0.7).knowing([rows[:30], rows[30:]])
     assert run([stage], examples) == []
     assert len(run([stage], chats(*[(f"{ask} {text}", "") for text in inputs for _ in range(2)]))) == 30
+
+
+def test_marks_around_words_make_no_difference_but_numbers_and_signs_do():
+    story = (
+        '"A man has three red apples, two of them (the big ones) he gives away: how many does he still have? And why!"'
+    )
+    bare = story.translate(str.maketrans("", "", ',.:?!()"'))
+    assert (shingles(story, 5) == shingles(bare, 5)).all()
+    assert (shingles("oui ! \u00ab non \u00bb ... end", 5) == shingles("oui non end", 5)).all()
+    assert not len(shingles("... !?", 5))
+    texts = ("2 + 3", "2 - 3", "-2 + 3", ".2 + 3", "2.3", "2 3", "f(x)=1", "f x 1")
+    assert len({shingles(text, 5).tobytes() for text in texts}) == len(texts)
