@@ -3,7 +3,6 @@
 import contextlib
 import multiprocessing
 import os
-import pickle
 import sys
 import threading
 import types
@@ -43,7 +42,9 @@ def _submit(pool: ProcessPoolExecutor, piece: Any) -> Future[Any]:
     try:
         with _main_hidden():
             return pool.submit(_do, piece)
-    except (pickle.PicklingError, AttributeError, TypeError) as error:
+    except (OSError, RuntimeError):
+        raise
+    except Exception as error:  # of what cannot be sent, of many types
         way_out = "define it in a module of its own, not in the main script or a function; or use one worker"
         raise ValueError(f"processes: {error}; {way_out}") from None
 
