@@ -125,7 +125,8 @@ def _turn(
     turn, message = arranged
     shape = fmt.turns[message.role]
     pieces = list(_own(shape.header, fmt, turn, FRAME)) if headed else []
-    pieces += _parts(opening, fmt, turn, FRAME)
+    if opening:
+        pieces += _parts(opening, fmt, turn, FRAME)
     if thinks:
         pieces += _thought(arranged, fmt)
     content = shape.space + (message.content.lstrip("\n") if thinks else message.content)
