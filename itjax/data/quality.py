@@ -13,7 +13,7 @@ from itjax.base.records import Conversation, Finding, Message
 from itjax.base.schema import Filters
 from itjax.data.stages import Example
 
-VERSION = 1  # of what counts as a fault
+VERSION = 2  # of what counts as a fault
 ACTIONS = {  # what becomes of a row, unless `audit.actions` says otherwise
     "empty answer": "drop",
     "short answer": "drop",  # by audit.min_words
@@ -68,7 +68,8 @@ REFUSAL = re.compile(
     r"sorry[,.;:]? (?:but )?[^.!?\n]{0,40}?(?:can't|cannot|can not|won't|will not|unable|not able|don't|do not|must decline)"
     r"|i(?: can't| cannot| can not| won't| will not| am not able to| am unable to|'m not able to|'m unable to|"
     r"'m not going to| must decline to| must refuse to| refuse to| decline to| have to decline to)"
-    r"(?: [a-z]{1,12}){0,2}? " + DEEDS + r"\b"
+    r"(?! wait| help but)(?: [a-z]{1,12}){0,3}? " + DEEDS + r"\b"
+    r"|i (?:must|have to|will have to) (?:(?:respectfully|politely) )?(?:decline|refuse)\b"
     r"|i(?:'m| am) not comfortable|i (?:don't|do not) feel comfortable|i(?:'m| am) unable to " + DEEDS + r"\b"
     r"|as an? (?:ai|artificial|large language|language model|responsible)[^.!?\n]{0,80}?(?:can't|cannot|unable|not able|won't)"
     r")"
@@ -159,9 +160,10 @@ MOJIBAKE = re.compile(
     r"|Â[\xa0-\xbf]|â€[\x80-\xbf\u0152\u0153\u02dc\u2018-\u203a\u2122\u017e\xa6]|ï»¿"
 )
 FENCE = "```"
-ASKS_FOR_JSON = re.compile(
-    r"\b(?:only|just|nothing but|valid|strict|single)(?: [a-z]{1,12}){0,3} json\b(?! (?:schema|file))"
-    r"|\bjson(?: [a-z]{1,12}){0,3} only\b"
+ASKS_FOR_JSON = re.compile(  # of the answer: "what is JSON only for?" and "print only JSON keys" do not
+    r"\b(?:return|respond|reply|answer|output|give|provide|produce|generate|write|use|be|as|in|with)\b[^.!?\n]{0,40}?"
+    r"(?:\b(?:only|just|nothing but|valid|strict|single)(?: [a-z]{1,12}){0,3} json\b(?! (?:schema|file|key|value|field)s?)"
+    r"|\bjson(?: [a-z]{1,12}){0,3} only\b)"
 )
 
 

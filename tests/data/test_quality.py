@@ -35,6 +35,10 @@ LONG = "The river rises in the hills, passes four old towns and meets the sea be
         ("I can't write that story. However, here is another one that you may like: " + LONG, "partial"),
         (LONG + " " + LONG + " I cannot provide more than that.", "partial"),
         ("I'm sorry to hear that your cat is ill. Keep it warm and call a vet.", None),
+        ("I won't be able to help with this.", "full"),
+        ("I cannot in good conscience provide this.", "full"),
+        ("I must respectfully decline.", "full"),
+        ("I can't wait to tell you about it!", None),
         ("You cannot divide by zero.", None),
         ("We won't know until tomorrow.", None),
         ("Sure, I can help with that!", None),
@@ -68,6 +72,8 @@ def test_refusals_are_full_partial_or_none(answer, kind):
         ('Here it is: {"a": 1}', "Answer with JSON only.", ["broken json"]),
         ('{"a": 1}', "Answer with JSON only.", []),
         ("JSON is a format.", "What is JSON?", []),
+        ("It carries data.", "What is JSON only for?", []),
+        ("Use d.keys().", "How do I print only JSON keys in Python?", []),
     ],
 )  # fmt: skip
 def test_faults_and_what_only_looks_like_one(answer, asked, expected):
@@ -152,7 +158,7 @@ def test_identity_rows_and_template_rows_of_real_data(shared_data):
 
 BAD = (
     "i can't ", "sorry, but i a ", "as an ai ", "i cannot a a a ", "{{", "{{a ", "<INSERT ", "<|a", "[INST]", "</s>", "```json",
-    "```", "[[", '{"a":', "\u00c3", "\u00e2\u20ac", "a a a a ", "漢", " ", "however ",
+    "```", "[[", '{"a":', "\u00c3", "\u00e2\u20ac", "a a a a ", "漢", " ", "however ", "return ", "use only a b ",
 )  # fmt: skip
 
 
