@@ -3,7 +3,9 @@
 import os
 
 import jax
-from jax.experimental import multihost_utils
+from jax._src import distributed  # the only way to wait with a time limit of one's own, see `barrier`
+
+LONGEST_WAIT = 24 * 3600  # seconds that processes wait for the one that prepares the data
 
 
 def start() -> None:
@@ -34,6 +36,11 @@ def writes() -> bool:
 
 
 def barrier(name: str) -> None:
-    """Waits until every process has come to the barrier of this name."""
+    """Waits until every process has come to the barrier of this name, which is used once in a run.
+
+    The coordination service waits, not a collective: on CPUs the first collective gives up after 30 seconds.
+    """
     if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(name)
+        service = distributed.global_state.client
+        assert service is not None, "processes that are several have a coordination service"
+        service.wait_at_barrier(name, LONGEST_WAIT * 1000)
