@@ -5,6 +5,7 @@ import json
 import pytest
 
 from itjax import cli, main
+from itjax.text import tokenizer
 from tests.contract import runs
 
 ROW = {"instruction": "Name a colour.", "output": "Blue."}
@@ -45,7 +46,6 @@ FAULTS = {
     "malformed row": ([GOOD + "{oops}\n" + GOOD, ()], "data.jsonl:21"),
     "unknown fields": ([lines({"question": "?", "reply": "!"}), ()], "data.jsonl:1"),
     "unknown format": ([GOOD, ("--config.format=chatlm",)], "'chatlm' is unknown; did you mean 'chatml'"),
-    "format of another tokenizer": ([GOOD, ("--config.format=llama3",)], "needs the control tokens"),
     "id beyond the vocabulary": (
         [GOOD, ("--config.architecture.vocab=200",)],
         "config.architecture.vocab: 200 is smaller",
@@ -93,3 +93,12 @@ def test_help_of_every_command_shows_an_example(capsys, command):
 
     assert importlib.import_module(cli.COMMANDS[command][0]).command([command, "--help"]) == 0
     assert "python -m itjax" in capsys.readouterr().out
+
+
+def test_a_format_of_another_tokenizer_is_one_message(capsys, files, tmp_path):
+    model = tmp_path / "own.model"
+    model.write_bytes(tokenizer.train(["one two three"], size=300, controls=("<|im_end|>",)))
+    code, err = outcome(capsys, files(GOOD, f"--config.tokenizer={model}", "--config.format=llama3"))
+    assert code == cli.FAULT_OF_USER, err
+    assert "needs the control tokens" in err
+    assert err.count("\n") == 1

@@ -208,7 +208,10 @@ def _why(source: EncodedSource) -> str:
 def _tokenizer(run: Run, rows: Sequence[RowSource], *, folder: Path, progress: Progress) -> Tokenizer:
     """The tokenizer file of the config, or one made from the training rows and kept in the cache."""
     if run.tokenizer != "auto":
-        return tokenizer.open(run.tokenizer)
+        try:
+            return tokenizer.open(run.tokenizer)
+        except ValueError as error:
+            raise ValueError(f"config.tokenizer: {error}") from None
     fingerprints = [source.fingerprint() for source in rows]
     controls = _controls(run.format)
     shape = [TOKENIZER_VERSION, run.vocab_size, run.split_digits, TOKENIZER_TEXTS, controls, *fingerprints]

@@ -476,5 +476,7 @@ def _id_or_none(id: int) -> int | None:
 
 def _read(path: Path) -> bytes:
     if not path.is_file():
-        raise ValueError(f"{path}: no such tokenizer file; give a SentencePiece .model file, or 'auto'")
+        raise ValueError(
+            f"{path}: no such file; name a SentencePiece .model, a tokenizer.json or a folder with one, or 'auto'"
+        )
     return path.read_bytes()

@@ -95,7 +95,7 @@ def test_pickles_as_the_model(tokenizer):
         (lambda: train(["a\ud800"], size=400, controls=()), "lone surrogate '\\\\ud800' at character 1"),
         (lambda: train(["a"], size=400, controls=("<s>",)), "'<s>' exists already"),
         (lambda: SentencePiece(b"garbage"), "not a SentencePiece model"),
-        (lambda: SentencePiece("nowhere.model"), "nowhere.model: no such tokenizer file"),
+        (lambda: SentencePiece("nowhere.model"), "nowhere.model: no such file"),
     ],
 )
 def test_errors_name_the_value(make, message):
