@@ -36,7 +36,7 @@ from itjax.data.encode import Dropped, Encoding, encode_many
 from itjax.data.processes import spread
 from itjax.data.sources import RowSource
 
-VERSION = 2  # of the code that shapes tokens and of the files; a new number makes all caches anew
+VERSION = 3  # of the code that shapes tokens and of the files; a new number makes all caches anew
 CHUNK = 256  # rows a process encodes at a time
 SMALL = 2048  # rows for which no process is started
 SUMMARY = "summary.json"

@@ -107,6 +107,8 @@ def keep_reasoning(format: Format, kept: str) -> Format:
     """The format with reasoning in "all" turns, in those after the "last" question, or in "none"."""
     if kept not in KEPT:
         raise ValueError(f"reasoning: {kept!r} is unknown. Known: {', '.join(KEPT)}")
+    if format.reasoning is None and kept == "none":
+        return replace(format, omits=(*format.omits, "reasoning"))
     if format.reasoning is None:
         raise ValueError(f"format {format.name!r} has no place for reasoning; choose qwen3 or deepseek_r1")
     prompted = format.reasoning.prompted and kept != "none"  # a prompt opens no thought that no answer has

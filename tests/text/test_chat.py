@@ -234,6 +234,14 @@ def test_reasoning_can_be_kept_in_all_turns_or_in_none():
         formats.keep_reasoning(formats.FORMATS["chatml"], "all")
 
 
+def test_reasoning_that_is_asked_to_be_left_out_is_left_out_by_every_format():
+    row = Conversation((Message("user", "2 + 2?"), Message("assistant", "4", reasoning="Two and two.")), "s", "k")
+    stripped = formats.keep_reasoning(formats.FORMATS["chatml"], "none")
+    assert "Two and two" not in "".join(segment.text for segment in chat.render(row, stripped, prompt_weight=0.0))
+    with pytest.raises(ValueError, match="reasoning"):
+        chat.render(row, formats.FORMATS["chatml"], prompt_weight=0.0)
+
+
 def test_a_thought_at_the_beginning_of_content_is_reasoning():
     inline = Message("assistant", "<think>\nso d\n</think>\n\nd")
     rendered = [
