@@ -195,7 +195,9 @@ class Run:
     tokenizer: str = "auto"  # a SentencePiece model; auto: made from the data
     vocab_size: int = bounded(8192, at_least=270)  # of an automatic tokenizer
     split_digits: bool = True  # of an automatic tokenizer: every digit a token of its own
-    format: str = "auto"  # chat format; auto: chatml where the tokenizer has its tokens, else plain
+    format: str = (
+        "auto"  # chat format; auto: the model folder's own, else chatml where the tokenizer has its tokens, else plain
+    )
     learn: str = bounded(
         "all", choices=LEARN
     )  # assistant turns that are learned: all, the last, or where a flag says so

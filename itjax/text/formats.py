@@ -19,6 +19,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, overload
 
+from itjax.text import jinja
 from itjax.text.jinja import ChatTemplate
 from itjax.text.tokenizer import Tokenizer
 from itjax.text.tools import STYLES
@@ -364,10 +365,13 @@ def resolve(name: str, tokenizer: Tokenizer, *, folder: None = None) -> Format: 
 @overload
 def resolve(name: str, tokenizer: Tokenizer, *, folder: str | Path | None) -> Format | ChatTemplate: ...
 def resolve(name: str, tokenizer: Tokenizer, *, folder: str | Path | None = None) -> Format | ChatTemplate:
-    """The format of that name, as this tokenizer can write it. `auto`: chatml where its control tokens exist, else plain.
+    """The format of that name, as this tokenizer can write it. `hf` is the own template of the model in `folder`.
 
-    `hf` is the own template of the model in `folder`. A tokenizer without a begin of text writes none.
+    `auto`: the model's own template where `folder` has one; else chatml where its control tokens exist, else plain. A
+    tokenizer without a begin of text writes none.
     """
+    if name == "auto" and folder is not None and jinja.is_in(folder):
+        name = HF
     if name == HF:
         if folder is None:
             raise ValueError("format: 'hf' is a model's own template; name the folder of the model")

@@ -447,7 +447,22 @@ def difference(ours: str, theirs: str) -> str:
 # ------------------------------------------------------------------------------------------------ files
 
 
+def is_in(folder: str | Path) -> bool:
+    """Whether a model's folder has a chat template."""
+    return bool(_found(Path(folder)))
+
+
 def _templates(folder: Path) -> dict[str, str]:
+    found = _found(folder)
+    if not found:
+        raise ValueError(
+            f"{folder}: there is no chat template in {CONFIG}, chat_template.jinja or chat_template.json; "
+            "choose a format by name"
+        )
+    return found
+
+
+def _found(folder: Path) -> dict[str, str]:
     """Templates by name, from whichever file of a model's folder has them."""
     found: dict[str, str] = {}
     config = _json(folder / CONFIG).get("chat_template") or _json(folder / "chat_template.json").get("chat_template")
@@ -459,11 +474,6 @@ def _templates(folder: Path) -> dict[str, str]:
         found["default"] = _text(folder / "chat_template.jinja")
     for path in sorted((folder / "additional_chat_templates").glob("*.jinja")):
         found[path.stem] = _text(path)
-    if not found:
-        raise ValueError(
-            f"{folder}: there is no chat template in {CONFIG}, chat_template.jinja or chat_template.json; "
-            "choose a format by name"
-        )
     return found
 
 

@@ -278,6 +278,11 @@ def test_a_template_is_found_wherever_a_folder_has_it(tmp_path, files):
     assert chat.stop_ids(made, TOKENIZER) == {TOKENIZER.control("<|im_end|>"), TOKENIZER.eos}
 
 
+def test_auto_is_the_models_own_template_where_its_folder_has_one(tmp_path):
+    assert formats.resolve("auto", TOKENIZER, folder=tmp_path).name == "chatml"
+    assert formats.resolve("auto", TOKENIZER, folder=folder(tmp_path, chat_template__jinja=CHATML)).name == "hf"
+
+
 def test_a_folder_may_have_another_template_for_tools(tmp_path):
     with_tools = "{{ tools | tojson }}" + CHATML
     named = [{"name": "default", "template": CHATML}, {"name": "tool_use", "template": with_tools}]
