@@ -5,7 +5,7 @@ RUN := $(VENV)/bin/python
 
 .PHONY: quickstart test test-all lint bench lock clean
 
-quickstart: $(VENV)/.run  ## train a tiny model from scratch and see what it learned: about 3 minutes
+quickstart: $(VENV)/.run  ## train a tiny model from scratch and see what it learned: 3 to 5 minutes
 	$(RUN) -m itjax.main --config=configs/quickstart.py
 
 test: $(VENV)/.dev lint  ## everything CI runs

@@ -1,4 +1,4 @@
-"""A tiny decoder learns to follow instructions from scratch, on four embedded task families; about 3 minutes on two CPU cores.
+"""A tiny decoder learns to follow instructions from scratch, on four embedded task families; 3 to 5 minutes on two CPU cores.
 
     python -m itjax.main --config=configs/quickstart.py
 
