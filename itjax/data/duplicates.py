@@ -139,12 +139,19 @@ class NearDuplicates:
 
     def marks(self, example: Example) -> list[Mark]:
         turns, frame = _turns_and_frame(example.conversation, self.of)
-        shingles_S = shingles(turns, self.words)
-        is_own_S = np.array([shingle not in self.boilerplate for shingle in shingles_S.tolist()], bool)
-        if not is_own_S.any():
+        own_S, common_S = self._parted(shingles(turns, self.words))
+        if not len(own_S):
             return []
-        content = _pack(shingles_S[is_own_S], np.union1d(shingles(frame, self.words), shingles_S[~is_own_S]))
-        return [Mark(bucket, content) for bucket in self.buckets(shingles_S[is_own_S])]
+        frame_S = shingles(frame, self.words)
+        content = _pack(own_S, np.union1d(frame_S, common_S) if len(common_S) else frame_S)
+        return [Mark(bucket, content) for bucket in self.buckets(own_S)]
+
+    def _parted(self, shingles_S: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """What is a text's own, and what is boilerplate in it."""
+        if not self.boilerplate:
+            return shingles_S, shingles_S[:0]
+        is_common_S = np.isin(shingles_S, self._boilerplate_S, assume_unique=True)
+        return shingles_S[~is_common_S], shingles_S[is_common_S]
 
     def knowing(self, samples: Iterable[Sequence[Conversation]]) -> "NearDuplicates":
         """The same, not comparing what more than half of the rows of a source say; `samples` are some rows of each."""
@@ -208,6 +215,10 @@ class NearDuplicates:
 
     def findings(self, pairs: Iterable[Pair]) -> Iterator[tuple[int, Finding]]:
         return keep_first(pairs, stage=self.name, says="nearly repeats")
+
+    @cached_property
+    def _boilerplate_S(self) -> np.ndarray:
+        return np.array(sorted(self.boilerplate), np.uint32)
 
     @cached_property
     def _factors_R1(self) -> np.ndarray:
