@@ -62,6 +62,7 @@ class Source:
     examples: int = bounded(0, at_least=0)  # how many rows: of an embedded family; of files at most (0: all)
     weight: float | None = bounded(None, above=0)  # share, in the mixture's unit; None: the mixture's rates decide
     scale: float = bounded(1.0, above=0)  # counts as so many times its size where rates go by size, before the cap
+    held_out: bool = False  # never trained on: a whole task, or an evaluation, whose loss is followed
     max_epochs: float | None = bounded(None, above=0)  # passes at most; None: as many as it takes
 
     # what a row's fields mean

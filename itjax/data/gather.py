@@ -119,6 +119,11 @@ def gather_unfiltered(run: Run, *, folder: Path, progress: Progress) -> Gathered
     for leaf in _leaves(run):
         for rows in leaf.open(run, folder):
             usable, skipped = _usable(rows, leaf, run, folder, progress)
+            if leaf.source.held_out:
+                held += leaf.hold(usable, run)
+                bad += skipped
+                opened.setdefault(leaf.path, [])
+                continue
             train, apart = leaf.split(usable, run)
             kept[train.name] = _kept(usable, skipped, train, leaf.source)
             parts.append(train)
@@ -131,6 +136,8 @@ def gather_unfiltered(run: Run, *, folder: Path, progress: Progress) -> Gathered
             run.eval_files, data_dir=run.data_dir, cache_dir=folder, place="config.eval_files"
         )
     ] if run.eval_files else []  # fmt: skip
+    if not parts:
+        raise ValueError("config.sources: every source is held out; leave one to train on")
     names = [part.name for part in parts]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"config.sources: two sources are named {twice[0]!r}; give each its own name")
@@ -237,15 +244,28 @@ class _Leaf:
             return train, [HeldRows(rows.name, None, held)] if len(held) else []
         return rows.over(train, editions=1, pool=train), list(self._held_phrased(rows, train, held, run))
 
+    def hold(self, rows: RowSource, run: Run) -> list[HeldRows]:
+        """All rows, or `examples` of them, for evaluation alone."""
+        if self.source.task:
+            return list(self._held_tasks(run))
+        if self.source.examples:
+            rows = _part(rows, functools.partial(_sample, count=self.source.examples, seed=run.seed))
+        if isinstance(rows, Phrased):
+            return list(self._held_phrased(rows, None, rows.rows, run))
+        return [HeldRows(rows.name, None, rows)]
+
     def _held_phrased(self, rows: Phrased, train: Any, held: Any, run: Run) -> Iterator[HeldRows]:
-        """The rows held out in phrasings that are trained on, and in those that are not."""
+        """The rows held out in phrasings that are trained on, and in those that are not.
+
+        Worked examples are rows of `train`; where there are none, as of a whole task held out, there are no examples.
+        """
         has_heldout = any(template.heldout for template in rows.family.templates)
         for split, phrasings in (("seen", self.source.phrasings), ("heldout", "heldout")):
             if len(held) and (split == "seen" or has_heldout):
                 name = f"{rows.name}/{split}"
                 said = Phrased(
                     _renamed(held, name), rows.family, split="eval", phrasings=phrasings, seed=run.seed,
-                    few_shot=self.source.few_shot, pool=train, room=CHARACTERS * run.length,
+                    few_shot=self.source.few_shot if train else 0, pool=train, room=CHARACTERS * run.length,
                 )  # fmt: skip
                 yield HeldRows(rows.name, split, said)
 

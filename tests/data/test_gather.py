@@ -193,3 +193,17 @@ def test_a_mistake_names_its_place_in_the_config(run, source, place):
 def test_evaluation_files_that_are_not_there_name_their_setting(run):
     with pytest.raises(ValueError, match=r"config\.eval_files: nothing matches"):
         gathered(dataclasses.replace(run, eval_files="nowhere.jsonl"))
+
+
+def test_a_source_can_be_held_out_as_a_whole(phrased):
+    """A task that is never trained on: its loss tells what a model makes of tasks that it does not know."""
+    task = Source(files="sums.jsonl", held_out=True, examples=7)
+    notes = Source(files="notes.jsonl", kind="classification", held_out=True, few_shot=2)
+    inner = Source(sources={"a": notes, "b": Source(files="sums.jsonl")})
+    found = gathered(dataclasses.replace(phrased, sources={"whole": task, "group": inner}))
+    assert [rows.name for rows in found.train] == ["group/b"]
+    assert [(part.name, part.template_split, len(part.rows)) for part in found.held] == [
+        ("whole", None, 7), ("group/a", "seen", 30), ("group/a", "heldout", 30), ("group/b", None, 6)
+    ]  # fmt: skip
+    with pytest.raises(ValueError, match="every source is held out"):
+        gathered(dataclasses.replace(phrased, sources={"whole": task}))
