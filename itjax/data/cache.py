@@ -19,9 +19,6 @@ import contextlib
 import hashlib
 import json
 import os
-import shutil
-import socket
-import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -29,9 +26,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from itjax.base.files import create_private, private_folder
+from itjax.base.files import building, create_private, private_folder
 from itjax.base.records import TokenizedExample
-from itjax.data import sources
+from itjax.data import files, sources
 from itjax.data.encode import Dropped, Encoding, encode_many
 from itjax.data.processes import spread
 from itjax.data.sources import RowSource
@@ -40,7 +37,6 @@ VERSION = 3  # of the code that shapes tokens and of the files; a new number mak
 CHUNK = 256  # rows a process encodes at a time
 SMALL = 2048  # rows for which no process is started
 SUMMARY = "summary.json"
-BUILDING = ".building"
 COLUMNS: dict[str, np.dtype[Any]] = {  # file name -> type
     "tokens": np.dtype("<i4"),
     "weights": np.dtype("<f4"),
@@ -130,8 +126,7 @@ def encode_source(
 
 def default_dir() -> Path:
     """The user's cache folder, readable by nobody else."""
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return private_folder(home / "itjax")
+    return private_folder(files.default_dir())
 
 
 def _fingerprint(source: RowSource, encoding: Encoding) -> str:
@@ -234,11 +229,8 @@ def _build(
 ) -> None:
     """Makes the folder beside its place and renames it. Who finds the place taken had company, and is content."""
     private_folder(place.parent)
-    _remove_leftovers(place.parent)
-    building = place.parent / f"{BUILDING}-{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex}"
-    building.mkdir(mode=0o700)
-    try:
-        summary = _write_columns(source, encoding, building, workers=workers, progress=progress)
+    with building(place.parent) as folder:
+        summary = _write_columns(source, encoding, folder, workers=workers, progress=progress)
         first = getattr(source, "first_edition", source)
         summary |= {
             "version": VERSION,
@@ -246,18 +238,16 @@ def _build(
             "fingerprint": fingerprint,
             "rows_fingerprint": _fingerprint(first, encoding),
         }
-        with create_private(building / SUMMARY) as file:
+        with create_private(folder / SUMMARY) as file:
             file.write(json.dumps(summary, indent=1).encode())
             _sync(file)
-        _sync_folder(building)
+        _sync_folder(folder)
         try:
-            building.rename(place)
+            folder.rename(place)
         except OSError:
             if not (place / SUMMARY).exists():
                 raise
         _sync_folder(place.parent)
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
 
 
 def _write_columns(
@@ -346,25 +336,6 @@ def _open_column(path: Path, name: str, summary: dict[str, Any]) -> np.ndarray:
 
 def _damaged(path: Path, what: str) -> ValueError:
     return ValueError(f"{path}: the cache is damaged ({what}); delete this folder and run again")
-
-
-def _remove_leftovers(folder: Path) -> None:
-    """Folders of builds that were killed on this machine."""
-    host = f"{BUILDING}-{socket.gethostname()}-"
-    for left in folder.glob(f"{BUILDING}-*"):
-        pid = left.name.removeprefix(host).split("-")[0]
-        if left.name.startswith(host) and pid.isdigit() and not _is_running(int(pid)):
-            shutil.rmtree(left, ignore_errors=True)
-
-
-def _is_running(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True
 
 
 def _sync(file: Any) -> None:

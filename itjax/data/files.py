@@ -14,9 +14,7 @@ import hashlib
 import os
 import re
 import shutil
-import socket
 import stat
-import uuid
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -27,7 +25,7 @@ from typing import IO, Any
 import fsspec
 import zstandard
 
-from itjax.base.files import create_private, private_folder
+from itjax.base.files import building, create_private, private_folder
 
 BLOCK = 1 << 20
 LONGEST_ROW = 64 << 20  # bytes
@@ -43,7 +41,6 @@ SIGNATURE = re.compile(r"(?i)([?&][^=&]*(?:token|sig|key|secret|password|credent
 SHARD = re.compile(r"-\d{5}-of-\d{5}$")
 DRIVERS = {"gs": "gcsfs", "gcs": "gcsfs", "s3": "s3fs", "s3a": "s3fs", "http": "aiohttp", "https": "aiohttp"}
 DRIVERS |= {"az": "adlfs", "abfs": "adlfs", "hf": "huggingface_hub"}
-BUILDING = ".building"
 CACHE_ADVICE = "set cache_dir or XDG_CACHE_HOME to a folder with room that you may write to"
 
 
@@ -314,39 +311,16 @@ def _alone(path: Path) -> Iterator[None]:
 
 
 def _build(shelf: Path, place: Path, build: Callable[[Path], None]) -> None:
-    _remove_leftovers(shelf)
-    building = shelf / f"{BUILDING}-{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex}"
-    building.mkdir(mode=0o700)
     try:
-        build(building)
-        try:
-            building.rename(place)
-        except OSError:
-            if not place.exists():
-                raise
+        with building(shelf) as folder:
+            build(folder)
+            try:
+                folder.rename(place)
+            except OSError:
+                if not place.exists():
+                    raise
     except OSError as error:
         raise ValueError(f"{shelf}: {place.name} cannot be made ({error}); {CACHE_ADVICE}") from None
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
-
-
-def _remove_leftovers(shelf: Path) -> None:
-    """Folders of builds that were killed on this machine."""
-    host = f"{BUILDING}-{socket.gethostname()}-"
-    for left in shelf.glob(f"{BUILDING}-*"):
-        number = left.name.removeprefix(host).split("-")[0]
-        if left.name.startswith(host) and number.isdigit() and not _is_running(int(number)):
-            shutil.rmtree(left, ignore_errors=True)
-
-
-def _is_running(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True
 
 
 # ---------------------------------------------------------------------------------------------- packed files

@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import socket
 import stat
 import sys
 import threading
@@ -11,6 +12,7 @@ import fsspec
 import pytest
 import zstandard
 
+from itjax.base.files import BUILDING
 from itjax.data import files
 from itjax.data.files import Bytes, find
 from itjax.data.sources import open_files
@@ -221,7 +223,7 @@ def test_a_cache_that_cannot_be_written_is_told(tmp_path):
 
 
 def test_a_build_that_was_killed_is_cleared_away(tmp_path):
-    left = tmp_path / "files" / f"{files.BUILDING}-{files.socket.gethostname()}-999999999-x"
+    left = tmp_path / "files" / f"{BUILDING}-{socket.gethostname()}-999999999-x"
     write(left / "content")
     open_files(str(write(tmp_path / "a.jsonl.gz", gzip.compress(LINE))), cache_dir=tmp_path)
     assert not left.exists()
