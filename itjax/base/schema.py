@@ -23,6 +23,7 @@ RATES = ("proportional", "equal", "unimax")
 EXHAUSTED = ("repeat", "stop", "drop")
 SCHEDULES = ("constant", "linear", "cosine")
 REMAT = ("none", "dots", "full")
+BASES = ("auto", "float32", "bfloat16", "int8", "nf4")
 
 
 @dataclass(frozen=True)
@@ -121,6 +122,8 @@ class Loss:
     prompt_weight: float = bounded(0.0, at_least=0, at_most=1)  # weight of what is not to be emitted
     z_loss: float = bounded(0.0, at_least=0)  # coefficient of log(Z)^2
     chunk: int = bounded(1024, at_least=1)  # tokens whose logits exist at one time
+    router_balance: float = bounded(0.001, at_least=0)  # coefficient of the experts' balance loss, where there are experts
+    router_z: float = bounded(0.0, at_least=0)  # coefficient of the router's log(Z)^2
 
 
 @dataclass(frozen=True)
@@ -136,6 +139,25 @@ class Optimizer:
     no_decay: tuple[str, ...] = ("*norm*", "embed*")  # patterns of parameters that never decay
     clip_norm: float = bounded(1.0, at_least=0)  # global norm of the gradient; 0: no clipping
     max_skips: int = bounded(3, at_least=0)  # steps in a row left out for a non-finite gradient before the run aborts
+
+
+@dataclass(frozen=True)
+class Lora:
+    """Low-rank adapters: the base stays as it is, and every adapted kernel W acts as W + scale·A·B.
+
+    Sources: Hu et al. 2021, https://arxiv.org/abs/2106.09685; Kalajdzievski 2023 (rank-stabilised),
+    https://arxiv.org/abs/2312.03732; Liu et al. 2024 (DoRA), https://arxiv.org/abs/2402.09353
+    """
+
+    rank: int = bounded(0, at_least=0)  # 0: no adapters, all parameters are trained
+    alpha: float = bounded(32.0, above=0)  # scale = alpha / rank
+    dropout: float = bounded(0.0, at_least=0, below=1)  # of what A reads
+    targets: tuple[str, ...] = ()  # patterns of the layers adapted: "layers/attn/*"; empty: all linear ones but the head
+    rank_stabilized: bool = False  # scale = alpha / sqrt(rank)
+    dora: bool = False  # the norm of each adapted column is a parameter of its own
+    also: tuple[str, ...] = ()  # patterns of further parameters that are trained in full: "*norm*", "embed/*"
+    learning_rate_multiplier: float = bounded(10.0, above=0)  # times optimizer.learning_rate
+    base: str = bounded("auto", choices=BASES)  # how the base is kept; auto: in the dtype of activations
 
 
 @dataclass(frozen=True)
@@ -216,7 +238,9 @@ class Run:
     cache_dir: str = ""  # tokenised data; empty: the user's cache folder
 
     # model
-    model: str = "tiny"  # a preset
+    model: str = "tiny"  # a preset, or a folder with a published model's files
+    new_tokens: tuple[str, ...] = ()  # control tokens that the tokenizer of a model's folder is given; their rows: the mean
+    lora: Lora = field(default_factory=Lora)
     architecture: Architecture = field(default_factory=Architecture)
     dtype: str = bounded(
         "auto", choices=("auto", "float32", "bfloat16")
