@@ -2,47 +2,27 @@
 
 import dataclasses
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 from itjax.base import schema
 from itjax.base.freeze import nearest
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    """The numbers of a Llama-style decoder."""
-
-    vocab: int  # rows of the embedding
-    layers: int
-    dim: int
-    heads: int
-    kv_heads: int
-    head_size: int
-    ffn: int
-    rope_theta: float
-    norm_eps: float
-    tie_embeddings: bool
-    embed_scale: float = 1.0  # what embeddings are multiplied with before the first layer
-
+from itjax.models.config import ModelConfig, Rope
 
 # Vocabularies here are the published ones; `resolve` takes the tokenizer's.
-# TODO: Llama 3.1 and 3.2 also stretch the low rotation frequencies for long contexts; until weights can be imported, a
-# preset is only its shape, trained from nothing, and the plain frequencies serve.
 PRESETS: dict[str, ModelConfig] = {
     "tiny": ModelConfig(
-        vocab=1024, layers=3, dim=64, heads=4, kv_heads=4, head_size=16, ffn=160, rope_theta=1e4, norm_eps=1e-5,
+        vocab=1024, layers=3, dim=64, heads=4, kv_heads=4, head_size=16, ffn=160, rope=Rope(theta=1e4), norm_eps=1e-5,
         tie_embeddings=True, embed_scale=3.2,  # a small model copies words sooner when they enter louder
     ),
     "small": ModelConfig(
-        vocab=8192, layers=4, dim=256, heads=8, kv_heads=4, head_size=32, ffn=704, rope_theta=1e4, norm_eps=1e-5,
+        vocab=8192, layers=4, dim=256, heads=8, kv_heads=4, head_size=32, ffn=704, rope=Rope(theta=1e4), norm_eps=1e-5,
         tie_embeddings=True,
     ),
     "llama32_1b": ModelConfig(
-        vocab=128256, layers=16, dim=2048, heads=32, kv_heads=8, head_size=64, ffn=8192, rope_theta=5e5, norm_eps=1e-5,
+        vocab=128256, layers=16, dim=2048, heads=32, kv_heads=8, head_size=64, ffn=8192, rope=Rope(theta=5e5, scaling="llama3", factor=32.0, original_length=8192), norm_eps=1e-5,
         tie_embeddings=True,
     ),
     "llama31_8b": ModelConfig(
-        vocab=128256, layers=32, dim=4096, heads=32, kv_heads=8, head_size=128, ffn=14336, rope_theta=5e5, norm_eps=1e-5,
+        vocab=128256, layers=32, dim=4096, heads=32, kv_heads=8, head_size=128, ffn=14336, rope=Rope(theta=5e5, scaling="llama3", factor=8.0, original_length=8192), norm_eps=1e-5,
         tie_embeddings=False,
     ),
 }  # fmt: skip
@@ -55,7 +35,10 @@ def resolve(preset: str, overrides: schema.Architecture, *, vocab: int) -> Model
             f"model: preset {preset!r} is unknown.{nearest(preset, list(PRESETS))} Known: {', '.join(PRESETS)}"
         )
     given = {name: value for name, value in dataclasses.asdict(overrides).items() if value is not None}
-    config = dataclasses.replace(PRESETS[preset], **{"vocab": vocab, **given})
+    config = PRESETS[preset]
+    if theta := given.pop("rope_theta", None):
+        given["rope"] = dataclasses.replace(config.rope, theta=theta)
+    config = dataclasses.replace(config, **{"vocab": vocab, **given})
     if ("dim" in given or "heads" in given) and "head_size" not in given:
         config = dataclasses.replace(config, head_size=_even_share(config))
     _check(config, vocab=vocab)
@@ -88,14 +71,35 @@ def _check(config: ModelConfig, *, vocab: int) -> None:
 
 
 def matmul_parameters(config: ModelConfig) -> int:
-    """Parameters that every token is multiplied by: all kernels and the head, not the embedding's look-up."""
+    """Parameters that every token is multiplied by: kernels and the head, not the embedding's look-up, and of experts
+    those that one token is sent to."""
     attention = config.dim * config.head_size * (2 * config.heads + 2 * config.kv_heads)
-    return config.layers * (attention + 3 * config.dim * config.ffn) + config.dim * config.vocab
+    mlp = 3 * config.dim * config.ffn
+    if config.experts:
+        mlp = config.experts.chosen * mlp + config.dim * config.experts.number
+    return config.layers * (attention + mlp) + config.dim * config.vocab
 
 
-def train_flops(config: ModelConfig, lengths: Iterable[int]) -> float:
+def train_flops(config: ModelConfig, lengths: Iterable[int], *, moving: float = 1.0) -> float:
     """Useful FLOPs of forward and backward on examples of these lengths: nothing for padding, recomputation or other
-    examples in the row; attention by the scores that causality leaves."""
-    per_token = 6.0 * matmul_parameters(config)
-    per_pair = 6.0 * config.layers * config.heads * config.head_size
-    return sum(per_token * int(length) + per_pair * float(length) ** 2 for length in lengths)
+    examples in the row; attention by the scores that causality and windows leave.
+
+    `moving` is the share of the kernels that is trained: frozen ones need no gradient of their own (adapters: 0, which
+    leaves out the adapters' own few).
+    """
+    per_token = (4.0 + 2.0 * moving) * matmul_parameters(config)
+    per_pair = 12.0 * config.heads * config.head_size
+    windows = [config.pattern[layer % len(config.pattern)].window for layer in range(config.layers)]
+    layers_by_window = {window: windows.count(window) for window in windows}
+
+    def example(length: float) -> float:
+        pairs = sum(layers * _pairs(length, window) for window, layers in layers_by_window.items())
+        return per_token * length + per_pair * pairs
+
+    return sum(example(float(length)) for length in lengths)
+
+
+def _pairs(length: float, window: int) -> float:
+    """Scores of one head: half a square, without the corner that a window cuts off."""
+    cut = max(length - window, 0.0) if window else 0.0
+    return (length**2 - cut**2) / 2
