@@ -1,6 +1,6 @@
 """What a run carries from step to step, and the logical axes of each part of it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import PartitionSpec as P
 
-from itjax.models.model import Axes, Model, Params
+from itjax.models.model import Axes, Params
 
 
 @jax.tree_util.register_dataclass
@@ -24,22 +24,36 @@ class TrainState:
     params: Params
     frozen: Params
     opt_state: Any
+    average: Params = field(default_factory=dict)  # a running mean of params in float32; {} when none is kept
 
 
-def fresh(params: Params, frozen: Params, tx: optax.GradientTransformation) -> TrainState:
-    """The state before the first step."""
-    return TrainState(jnp.zeros((), jnp.int32), params, frozen, tx.init(params))
+def fresh(params: Params, frozen: Params, tx: optax.GradientTransformation, *, average: float = 0.0) -> TrainState:
+    """The state before the first step. An average (of this decay; 0: none) begins at the first parameters."""
+    mean = jax.tree.map(lambda p: jnp.array(p, jnp.float32), params) if average else {}  # copied: both are donated
+    return TrainState(jnp.zeros((), jnp.int32), params, frozen, tx.init(params), mean)
 
 
-def abstract(model: Model, tx: optax.GradientTransformation) -> TrainState:
-    """The shapes and dtypes of a state that trains every parameter; no array is made."""
-    return jax.eval_shape(lambda params: fresh(params, {}, tx), model.abstract)
+def averaged(mean: Params, params: Params, *, decay: float) -> Params:
+    """The running mean with the parameters of one more step in it: decay x mean + (1 - decay) x params.
+
+    Its weights add up to 1 from the first step on, as it begins at the first parameters: those count decay^n after n
+    steps. A correction for that, as Adam's moments have, would say that they are worth nothing; here they are the model
+    that is fine-tuned.
+    """
+    return jax.tree.map(lambda m, p: m + (1 - decay) * (p.astype(jnp.float32) - m), mean, params) if mean else mean
 
 
-def state_axes(axes: Axes, abstract_params: Params, tx: optax.GradientTransformation, frozen_axes: Axes) -> TrainState:
+def abstract(params: Params, frozen: Params, tx: optax.GradientTransformation, *, average: float = 0.0) -> TrainState:
+    """The shapes and dtypes of a state with these shapes of parameters; no array is made."""
+    return jax.eval_shape(lambda params, frozen: fresh(params, frozen, tx, average=average), params, frozen)
+
+
+def state_axes(
+    axes: Axes, abstract_params: Params, tx: optax.GradientTransformation, frozen_axes: Axes, *, average: float = 0.0
+) -> TrainState:
     """A TrainState of logical axes: whatever the optimizer keeps per parameter lies where the parameter lies."""
     opt_state = jax.eval_shape(tx.init, abstract_params)
     opt_axes = optax.tree_utils.tree_map_params(
         tx, lambda _, spec: spec, opt_state, axes, transform_non_params=lambda _: P()
     )
-    return TrainState(P(), axes, frozen_axes, opt_axes)
+    return TrainState(P(), axes, frozen_axes, opt_axes, axes if average else {})

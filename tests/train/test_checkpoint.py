@@ -24,7 +24,7 @@ SETTINGS = schema.Checkpoint(keep=2, asynchronous=False)
 def placed(parallel: schema.Parallel) -> tuple[TrainState, TrainState]:
     """A state on a mesh, and its abstract twin with shardings."""
     model, mesh = tiny_model(), mesh_for(parallel)
-    shapes = abstract(model, TX)
+    shapes = abstract(model.abstract, {}, TX)
     shardings = layout.shardings(state_axes(model.axes, model.abstract, TX, {}), mesh, shapes)
     state = jax.device_put(fresh(model.init(jax.random.key(0)), {}, TX), shardings)
     return state, jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
