@@ -26,6 +26,7 @@ RULES: Rules = {
     "head_size": (),
     "ffn": ("tensor",),
     "vocab": ("tensor",),
+    "rank": (),
 }
 
 
