@@ -21,7 +21,9 @@ BAD_ROWS = ("error", "skip")
 UNITS = ("examples", "tokens", "trained_tokens")
 RATES = ("proportional", "equal", "unimax")
 EXHAUSTED = ("repeat", "stop", "drop")
-SCHEDULES = ("constant", "linear", "cosine")
+SCHEDULES = ("constant", "linear", "cosine", "wsd", "inverse_sqrt")
+OPTIMIZERS = ("adamw", "adafactor", "lion", "muon", "schedule_free_adamw")
+MOMENTS = ("float32", "bfloat16", "int8")
 REMAT = ("none", "dots", "full")
 BASES = ("auto", "float32", "bfloat16", "int8", "nf4")
 
@@ -122,22 +124,41 @@ class Loss:
     prompt_weight: float = bounded(0.0, at_least=0, at_most=1)  # weight of what is not to be emitted
     z_loss: float = bounded(0.0, at_least=0)  # coefficient of log(Z)^2
     chunk: int = bounded(1024, at_least=1)  # tokens whose logits exist at one time
-    router_balance: float = bounded(0.001, at_least=0)  # coefficient of the experts' balance loss, where there are experts
+    router_balance: float = bounded(
+        0.001, at_least=0
+    )  # coefficient of the experts' balance loss, where there are experts
     router_z: float = bounded(0.0, at_least=0)  # coefficient of the router's log(Z)^2
 
 
 @dataclass(frozen=True)
 class Optimizer:
+    """How gradients move parameters; docs/optimizers.md says which kind is for what."""
+
+    kind: str = bounded("adamw", choices=OPTIMIZERS)
     learning_rate: float = bounded(2e-5, above=0)  # the peak
     schedule: str = bounded("cosine", choices=SCHEDULES)
     warmup: float = bounded(0.03, at_least=0, at_most=1)  # share of all steps
+    decay: float = bounded(
+        0.1, at_least=0, at_most=1
+    )  # wsd: share of all steps, the last ones, on which the rate falls
     final: float = bounded(0.0, at_least=0, at_most=1)  # last learning rate, as a share of the peak
     b1: float = bounded(0.9, at_least=0, below=1)
     b2: float = bounded(0.95, at_least=0, below=1)
     eps: float = bounded(1e-8, above=0)
+    moments: str = bounded("float32", choices=MOMENTS)  # how adamw keeps its two: 8, 4 or 2 bytes per parameter
+    momentum: float = bounded(0.95, at_least=0, below=1)  # muon: of the kernels
+    rest: float = bounded(
+        1.0, above=0
+    )  # muon: times learning_rate, for what is no kernel of a layer and moves by AdamW
+    rates: Mapping[str, float] = field(default_factory=dict)  # pattern of parameters -> times learning_rate
+    layer_decay: float = bounded(1.0, above=0, at_most=1)  # each layer moves so much as the one above it
     weight_decay: float = bounded(0.0, at_least=0)
-    no_decay: tuple[str, ...] = ("*norm*", "embed*")  # patterns of parameters that never decay
+    no_decay: tuple[str, ...] = ("*norm*", "embed*", "*bias", "*sinks", "*lora_m")  # patterns that never decay
+    decays: Mapping[str, float] = field(default_factory=dict)  # pattern -> its own weight decay, before the two above
     clip_norm: float = bounded(1.0, at_least=0)  # global norm of the gradient; 0: no clipping
+    average: float = bounded(
+        0.0, at_least=0, below=1
+    )  # decay of a running mean that is evaluated and exported; 0: none
     max_skips: int = bounded(3, at_least=0)  # steps in a row left out for a non-finite gradient before the run aborts
 
 
@@ -152,7 +173,9 @@ class Lora:
     rank: int = bounded(0, at_least=0)  # 0: no adapters, all parameters are trained
     alpha: float = bounded(32.0, above=0)  # scale = alpha / rank
     dropout: float = bounded(0.0, at_least=0, below=1)  # of what A reads
-    targets: tuple[str, ...] = ()  # patterns of the layers adapted: "layers/attn/*"; empty: all linear ones but the head
+    targets: tuple[
+        str, ...
+    ] = ()  # patterns of the layers adapted: "layers/attn/*"; empty: all linear ones but the head
     rank_stabilized: bool = False  # scale = alpha / sqrt(rank)
     dora: bool = False  # the norm of each adapted column is a parameter of its own
     also: tuple[str, ...] = ()  # patterns of further parameters that are trained in full: "*norm*", "embed/*"
@@ -166,7 +189,11 @@ class Parallel:
 
     data: int = bounded(-1, at_least=-1)
     fsdp: int = bounded(1, at_least=-1)
+    expert: int = bounded(1, at_least=-1)
     tensor: int = bounded(1, at_least=-1)
+    capacity_factor: float | None = bounded(
+        None, above=0
+    )  # slots of an expert per row, times its even share; None: any
 
 
 @dataclass(frozen=True)
@@ -239,7 +266,9 @@ class Run:
 
     # model
     model: str = "tiny"  # a preset, or a folder with a published model's files
-    new_tokens: tuple[str, ...] = ()  # control tokens that the tokenizer of a model's folder is given; their rows: the mean
+    new_tokens: tuple[
+        str, ...
+    ] = ()  # control tokens that the tokenizer of a model's folder is given; their rows: the mean
     lora: Lora = field(default_factory=Lora)
     architecture: Architecture = field(default_factory=Architecture)
     dtype: str = bounded(
