@@ -47,6 +47,7 @@ class Tensor:
     shape: tuple[int, ...]
     file: Path
     start: int  # byte of the file
+    num_bytes: int
 
     @property
     def place(self) -> str:
@@ -183,7 +184,7 @@ def header(file: Path) -> dict[str, Tensor]:
     tensors = []
     for name, entry in fields.items():
         dtype, shape, (start, stop) = _entry(entry, f"{file}: {name}")
-        tensors.append((start, stop, Tensor(name, dtype, shape, file, begin + start)))
+        tensors.append((start, stop, Tensor(name, dtype, shape, file, begin + start, stop - start)))
     end = 0
     for start, stop, tensor in sorted(tensors, key=lambda item: item[:2]):
         if start != end:
@@ -262,7 +263,7 @@ def write(file: Path, shapes: Mapping[str, tuple[int, ...]], code: str, values: 
         opened.write(len(raw).to_bytes(PREFIX, "little") + raw)
         for name, shape in shapes.items():
             value = next(values)
-            assert value.shape == shape and CODES[value.dtype] == code, (name, value.shape, value.dtype)
+            assert (value.shape, CODES[value.dtype]) == (shape, code), (name, value.shape, value.dtype)
             opened.write(memoryview(np.ascontiguousarray(value).reshape(-1).view(np.uint8)))
             del value
         opened.flush()

@@ -95,6 +95,7 @@ def _lie(entry: Entry, shape: tuple[int, ...], num_outputs: int) -> Lie:
     lead, before, outputs = _parts(entry, shape)
     experts, inputs = before[: len(before) - entry.contract], before[len(before) - entry.contract :]
     num_inputs = math.prod(inputs)
+    rows: tuple[int, ...]
     part = range(num_outputs)[entry.part] if entry.part is not None else range(num_outputs)
     assert len(part) == math.prod(outputs), (entry, shape, num_outputs)
     if entry.contract and entry.flip:
@@ -229,7 +230,8 @@ def _check_tied(folder: Path, head: Tensor, embedding: Tensor, reader: Reader) -
     same = head.shape == embedding.shape
     for start in range(0, rows if same else 0, COMPARED_ROWS):
         box = Box(start * width, (min(COMPARED_ROWS, rows - start), width), (width, 1))
-        same = same and np.array_equal(*(reader.read(tensor, box).astype(np.float32) for tensor in (head, embedding)))
+        one, other = (reader.read(tensor, box).astype(np.float32) for tensor in (head, embedding))
+        same = same and np.array_equal(one, other)
     if not same:
         raise ValueError(
             f"{folder}: {head.name}: differs from {embedding.name}, which is the head where tie_word_embeddings is true; "
@@ -379,7 +381,8 @@ def _grown(table_VD: jax.Array, num_rows: int, ids: tuple[int, int] | None) -> j
     Source: Alpaca's smart_tokenizer_and_embedding_resize.
     """
     known, now = (num_rows, table_VD.shape[0]) if ids is None else ids
-    assert known <= num_rows and now <= table_VD.shape[0], (ids, num_rows, table_VD.shape)
+    assert known <= num_rows, (ids, num_rows)
+    assert now <= table_VD.shape[0], (ids, table_VD.shape)
     if now <= known:
         return table_VD
 
@@ -511,7 +514,7 @@ def _taker(
 
     def take(leaf: jax.Array, at: jax.Array) -> jax.Array:
         num_lead = leaf.ndim - len(shape)
-        starts = (*(at[n] for n in range(num_lead)), *(0,) * len(shape))
+        starts: list[Any] = [*(at[n] for n in range(num_lead)), *(0,) * len(shape)]
         piece = jax.lax.dynamic_slice(leaf, starts, (*(1,) * num_lead, *shape)).reshape(shape)
         return piece.transpose(order).astype(dtype)
 
