@@ -1,7 +1,7 @@
 """Text to token ids and back, and the tokenizer one can make from one's own text.
 
 Two promises everything above relies on: text from data never becomes a control token, and a tokenizer made by `train`
-gives back exactly the text it was given.
+gives back exactly the text it was given. What a tokenizer of others changes in text is said once, when it is opened.
 """
 
 import hashlib
@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import sentencepiece
+
+from itjax.text import spm
 
 log = logging.getLogger(__name__)
 
@@ -41,8 +43,14 @@ HTML_NAME = re.compile(
     r"</?(a|b|i|u|p|q|s|em|h[1-6]|li|ol|ul|td|th|tr|br|hr|sub|sup|div|span|code|pre|table|caption|thead|tbody|tfoot"
     r"|strong|blockquote)>"
 )
+ADDED = "added_tokens.json"
 CONFIG = "special_tokens"  # of a file of ours: what `tokenizer_config.json` says beside the published one
-PROBE = "Two words, 1 line."
+PROBES = (
+    "Two words, 1 line.",
+    "\ufb01\u2460\uff21",
+    "a\tb\r\nc",
+    " two  spaces ",
+)  # what a tokenizer may not give back
 BYTE_NAME = re.compile(r"<0x[0-9A-F]{2}>")
 
 
@@ -60,11 +68,25 @@ class Tokenizer(Protocol):
     space_before: str  # whether it sets a space before text: "always", before the "first" text only, or "" for never
 
     def encode(self, text: str) -> list[int]: ...
-    def encode_many(self, texts: Sequence[str]) -> list[list[int]]: ...
+    def encode_many(self, texts: Sequence[str], *, threads: int = 1) -> list[list[int]]:
+        """The ids of each text. One thread unless asked: who encodes much has processes of its own."""
+
     def encode_more(self, texts: Sequence[str]) -> list[list[int]]:
         """The ids of texts that go on after other text: without a space that was not there."""
 
+    def offsets(self, text: str) -> list[tuple[int, int]] | None:
+        """Of each token of `encode(text)` the characters it stands for, from and until; None where nobody knows.
+
+        A token that spells a part of a character has the whole character.
+        """
+
     def decode(self, ids: Sequence[int]) -> str: ...
+    def decode_bytes(self, ids: Sequence[int]) -> bytes:
+        """The same as bytes, also where they end inside a character."""
+
+    def token_bytes(self, id: int) -> bytes:
+        """What a token adds to a text, wherever in it; nothing for control tokens."""
+
     def control(self, text: str) -> int | None:
         """The id of the control token with exactly this text."""
 
@@ -82,7 +104,36 @@ def open(path: str | Path) -> "SentencePiece | HuggingFace":
                 f"{path}: there is no {' or '.join(FOLDER_FILES)} in this folder; name the tokenizer's file"
             )
         path = found[0]
-    return HuggingFace(path) if _read(path).lstrip()[:1] == b"{" else SentencePiece(path)
+    opened = HuggingFace(path) if _read(path).lstrip()[:1] == b"{" else SentencePiece(path)
+    changed = changes(opened)
+    if changed:
+        said = "; ".join(f"{text!r} is read as {back!r}" for text, back in changed.items())
+        log.warning("%s: this tokenizer does not give back its text: %s", path, said)
+    return opened
+
+
+def changes(tokenizer: Tokenizer) -> dict[str, str]:
+    """Texts that the tokenizer does not give back, and what it makes of them."""
+    read = {text: tokenizer.decode(tokenizer.encode(text)) for text in PROBES}
+    return {text: back for text, back in read.items() if text != back}
+
+
+def with_tokens(tokenizer: Tokenizer, names: Iterable[str]) -> Tokenizer:
+    """The tokenizer with these control tokens as well. Their ids follow the last one, in the order of the names.
+
+    Those that it has already stay as they are. An ordinary token of that name is an error: text is full of them.
+    """
+    new = [name for name in dict.fromkeys(names) if tokenizer.control(name) is None]
+    if not new:
+        return tokenizer
+    for name in new:
+        if not name or name != name.strip():
+            raise ValueError(f"new_tokens: {name!r} is empty or has white space around it; give a name like <|tool|>")
+        _utf8(name)
+    if isinstance(tokenizer, HuggingFace):
+        return tokenizer.grown(new)
+    assert isinstance(tokenizer, SentencePiece)
+    return tokenizer.grown(new)
 
 
 class SentencePiece:
@@ -95,12 +146,13 @@ class SentencePiece:
     file_name: str = "tokenizer.model"
 
     def __init__(self, model: str | Path | bytes) -> None:
-        self.model = model if isinstance(model, bytes) else _read(Path(model))
-        try:
-            self._pieces = sentencepiece.SentencePieceProcessor(model_proto=self.model)
-        except RuntimeError as error:
-            place = "tokenizer" if isinstance(model, bytes) else str(model)
-            raise ValueError(f"{place}: not a SentencePiece model ({error}); give a .model file") from None
+        place = "tokenizer" if isinstance(model, bytes) else str(model)
+        raw = model if isinstance(model, bytes) else _read(Path(model))
+        self._pieces = _processor(raw, place)
+        if not isinstance(model, bytes) and Path(model).name == self.file_name:
+            raw = _as_declared(raw, Path(model).parent)
+            self._pieces = _processor(raw, place)
+        self.model = raw
         self.size: int = self._pieces.vocab_size()
         self.bos = _id_or_none(self._pieces.bos_id())
         self.eos = _id_or_none(self._pieces.eos_id())
@@ -112,6 +164,7 @@ class SentencePiece:
         self.space_before: str = "always" if self._pieces.encode(",", out_type=str)[0].startswith(SPACE_MARK) else ""
         own = [name for name, id in self.controls.items() if not self._pieces.is_control(id)]
         self._own_controls = _any_of(own) if own else None
+        self._own_firsts = {name[0] for name in own}
 
     def __reduce__(self) -> tuple[type["SentencePiece"], tuple[bytes]]:
         return SentencePiece, (self.model,)
@@ -126,43 +179,62 @@ class SentencePiece:
     def encode(self, text: str) -> list[int]:
         return self.encode_many([text])[0]
 
+    def encode_many(self, texts: Sequence[str], *, threads: int = 1) -> list[list[int]]:
+        """The ids of each text, as SentencePiece gives them; texts that hold a space mark stay exact."""
+        raw = [_utf8(text) for text in texts]
+        ids = self._pieces.encode(raw, num_threads=threads) if raw else []
+        for number in self._number_of_cut(texts):
+            ids[number] = [id for part, processor in self._parts(texts[number]) for id in _ids_of(part, processor)]
+        return ids
+
     def encode_more(self, texts: Sequence[str]) -> list[list[int]]:
         if not self.space_before:
             return self.encode_many(texts)
         ids = self._going_on.encode([_utf8(text) for text in texts], num_threads=1) if texts else []
-        if self._own_controls is not None:
-            for number, text in enumerate(texts):
-                if self._own_controls.search(text):
-                    ids[number] = self._encode_more_exactly(cut_inside(text, self._own_controls))
+        for number in self._number_of_cut(texts):
+            parts = self._parts(texts[number])
+            ids[number] = [id for part, _ in parts for id in _ids_of(part, self._going_on)]
         return ids
 
-    def _encode_more_exactly(self, texts: Sequence[str]) -> list[int]:
-        """Texts that hold no control token and go on, one after the other."""
-        raw = [_utf8(text) for text in texts]
-        return [id for part in (self._going_on.encode(raw, num_threads=1) if raw else []) for id in part]
+    def offsets(self, text: str) -> list[tuple[int, int]]:
+        if not any(True for _ in self._number_of_cut([text])):
+            return _offsets(text, self._pieces)
+        found, at = [], 0
+        for part, processor in self._parts(text):
+            places = [(0, 1)] * len(part) if isinstance(part, tuple) else _offsets(part, processor)
+            found += [(at + start, at + stop) for start, stop in places]
+            at += 1 if isinstance(part, tuple) else len(part)
+        return found
+
+    def _number_of_cut(self, texts: Sequence[str]) -> Iterator[int]:
+        """Which texts the library cannot encode as one: they hold a space mark, or what it would take for a control."""
+        marks = bool(self._space_mark_ids)
+        if not marks and self._own_controls is None:
+            return
+        for number, text in enumerate(texts):
+            if (marks and not text.isascii() and SPACE_MARK in text) or self._holds_control(text):
+                yield number
+
+    def _holds_control(self, text: str) -> bool:
+        if self._own_controls is None or not any(first in text for first in self._own_firsts):
+            return False
+        return self._own_controls.search(text) is not None
+
+    def _parts(self, text: str) -> Iterator[tuple[str | tuple[int, ...], sentencepiece.SentencePieceProcessor]]:
+        """Stretches of text that are encoded one by one, and the ids that spell a space mark between them."""
+        stretches = [text] if self._own_controls is None else cut_inside(text, self._own_controls)
+        processor = self._pieces
+        for stretch in stretches:
+            for number, part in enumerate(stretch.split(SPACE_MARK) if self._space_mark_ids else [stretch]):
+                if number:
+                    yield self._space_mark_ids, processor
+                if part:
+                    yield part, processor
+            processor = self._going_on
 
     @cached_property
     def _going_on(self) -> sentencepiece.SentencePieceProcessor:
         return sentencepiece.SentencePieceProcessor(model_proto=self.model + NO_SPACE_BEFORE)
-
-    def encode_many(self, texts: Sequence[str]) -> list[list[int]]:
-        """The ids of each text, as SentencePiece gives them on one thread; texts that hold a space mark stay exact."""
-        raw = [_utf8(text) for text in texts]
-        ids = self._pieces.encode(raw, num_threads=1) if raw else []
-        if self._space_mark_ids:
-            for number, text in enumerate(texts):
-                if not text.isascii() and SPACE_MARK in text:
-                    ids[number] = self._encode_around_marks(text)
-        if self._own_controls is not None:
-            for number, text in enumerate(texts):
-                if self._own_controls.search(text):
-                    first, *others = cut_inside(text, self._own_controls)
-                    ids[number] = self._pieces.encode(_utf8(first)) + self._encode_more_exactly(others)
-        return ids
-
-    def _encode_around_marks(self, text: str) -> list[int]:
-        first, *others = self._pieces.encode([_utf8(part) for part in text.split(SPACE_MARK)], num_threads=1)
-        return first + [id for part in others for id in (*self._space_mark_ids, *part)]
 
     @cached_property
     def _space_mark_ids(self) -> tuple[int, ...]:
@@ -173,9 +245,54 @@ class SentencePiece:
         keeps_spaces = self._pieces.decode(self._pieces.encode(" \x01  \x01 ")) == " \x01  \x01 "
         return ids if spelt_in_bytes and adds_nothing and keeps_spaces else ()
 
+    def grown(self, names: Sequence[str]) -> "SentencePiece":
+        """This model with further control tokens."""
+        for name in names:
+            if self._pieces.piece_to_id(name) != self.unk or name == self._pieces.id_to_piece(self.unk or 0):
+                raise ValueError(f"new_tokens: {name!r} is an ordinary token already; choose another name")
+        changed = {self.size + number: (name, spm.CONTROL) for number, name in enumerate(names)}
+        return SentencePiece(spm.with_pieces(self.model, changed))
+
     def decode(self, ids: Sequence[int]) -> str:
         """The text; control tokens are silent, bytes that are not UTF-8 become U+FFFD."""
-        return self._pieces.decode([int(id) for id in ids])
+        return self._pieces.decode([int(id) for id in ids if int(id) not in self._shown])
+
+    def decode_bytes(self, ids: Sequence[int]) -> bytes:
+        table = self._token_bytes
+        shown = [int(id) for id in ids if table[int(id)]]
+        text = b"".join([table[id] for id in shown])
+        if shown[:1] == [self.unk]:
+            return text
+        if self._facts.squeezes:
+            return text.lstrip(b" ")
+        return text.removeprefix(b" ") if self._facts.dummy_prefix else text
+
+    def token_bytes(self, id: int) -> bytes:
+        return self._token_bytes[int(id)]
+
+    @cached_property
+    def _facts(self) -> spm.Model:
+        return spm.read(self.model)
+
+    @cached_property
+    def _token_bytes(self) -> list[bytes]:
+        """What each token adds, by its id."""
+        unknown = self._pieces.decode([self.unk]).encode() if self.unk is not None else b""
+        silent = set(self.controls.values())
+        found = []
+        for id, (name, _, kind) in enumerate(self._facts.pieces):
+            if kind == spm.BYTE:
+                found.append(bytes([int(name[3:5], 16)]))
+            elif kind == spm.UNKNOWN:
+                found.append(unknown)
+            else:
+                found.append(b"" if id in silent else name.replace(SPACE_MARK, " ").encode())
+        return found
+
+    @cached_property
+    def _shown(self) -> frozenset[int]:
+        """Controls of the user's own definition, which the library would write as text."""
+        return frozenset(id for id in self.controls.values() if not self._pieces.is_control(id))
 
     def control(self, text: str) -> int | None:
         return self.controls.get(text)
@@ -224,13 +341,6 @@ class HuggingFace:
         self.bos, self.eos = self._named("bos_token"), self._named("eos_token")
         self.pad, self.unk = self._named("pad_token"), self._named("unk_token")
         self._never = frozenset(self._by_id) - {self.unk}
-        if self._read(PROBE) != PROBE:
-            log.warning(
-                "%s: this tokenizer does not give back its text: %r is read as %r", place, PROBE, self._read(PROBE)
-            )
-
-    def _read(self, text: str) -> str:
-        return self.decode(self.encode(text))
 
     def __reduce__(self) -> tuple[type["HuggingFace"], tuple[bytes]]:
         return HuggingFace, (self.model,)
@@ -244,23 +354,45 @@ class HuggingFace:
     def encode(self, text: str) -> list[int]:
         return self.encode_many([text])[0]
 
-    def encode_many(self, texts: Sequence[str]) -> list[list[int]]:
-        return self._encode(texts, self._begins)
+    def encode_many(self, texts: Sequence[str], *, threads: int = 1) -> list[list[int]]:
+        """The ids of each text. More than one thread are as many as the library takes (`RAYON_NUM_THREADS`)."""
+        return self._encode(texts, self._begins, threads)
 
     def encode_more(self, texts: Sequence[str]) -> list[list[int]]:
-        return self._encode(texts, self._goes_on)
+        return self._encode(texts, self._goes_on, 1)
 
-    def _encode(self, texts: Sequence[str], tokenizer: Any) -> list[list[int]]:
-        for text in texts:
-            _utf8(text)
-        encoded = [row.ids for row in tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
+    def _encode(self, texts: Sequence[str], tokenizer: Any, threads: int) -> list[list[int]]:
+        try:
+            if threads == 1:
+                encoded = [tokenizer.encode(text, add_special_tokens=False).ids for text in texts]
+            else:
+                encoded = [row.ids for row in tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
+        except (TypeError, UnicodeEncodeError):
+            for text in texts:
+                _utf8(text)
+            raise
         for number, ids in enumerate(encoded):
             if not self._never.isdisjoint(ids):  # a vocabulary of whole words holds its control tokens' names
-                parts = cut_inside(texts[number], self._any_control)
-                first = tokenizer.encode(parts[0], add_special_tokens=False).ids
-                others = self._goes_on.encode_batch(parts[1:], add_special_tokens=False)
-                encoded[number] = first + [id for row in others for id in row.ids]
+                encoded[number] = [id for row in self._cut(texts[number], tokenizer) for id in row.ids]
         return encoded
+
+    def _cut(self, text: str, tokenizer: Any) -> list[Any]:
+        """Encodings of the text's parts, none of which holds the name of a control token."""
+        first, *others = cut_inside(text, self._any_control)
+        going_on = self._goes_on.encode_batch(others, add_special_tokens=False)
+        return [tokenizer.encode(first, add_special_tokens=False), *going_on]
+
+    def offsets(self, text: str) -> list[tuple[int, int]]:
+        _utf8(text)
+        whole = self._begins.encode(text, add_special_tokens=False)
+        if self._never.isdisjoint(whole.ids):
+            return whole.offsets
+        found, at = [], 0
+        parts = cut_inside(text, self._any_control)
+        for part, encoding in zip(parts, self._cut(text, self._begins), strict=True):
+            found += [(at + start, at + stop) for start, stop in encoding.offsets]
+            at += len(part)
+        return found
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text; control tokens are silent, bytes that are not UTF-8 become U+FFFD."""
@@ -276,8 +408,96 @@ class HuggingFace:
         piece = self._decoder.id_to_token(int(id)) or ""
         return piece.replace(SPACE_MARK, " ") if SPACE_MARK in piece else self._decoder.decode([int(id)]) or piece
 
+    def decode_bytes(self, ids: Sequence[int]) -> bytes:
+        """Byte for byte where the tokenizer spells text in bytes; otherwise the bytes of what it decodes."""
+        if self._spelling is None:
+            return self.decode(ids).encode()
+        text = b"".join([self.token_bytes(id) for id in ids])
+        return text.removeprefix(b" ") if self._spelling.strips else text
+
+    def token_bytes(self, id: int) -> bytes:
+        known = self._known_bytes.get(int(id))
+        if known is None:
+            known = self._known_bytes[int(id)] = self._bytes_of(int(id))
+        return known
+
+    def _bytes_of(self, id: int) -> bytes:
+        if id in self._by_id:
+            return b""
+        piece = self._decoder.id_to_token(id) or ""
+        if self._spelling is None:
+            return (self._decoder.decode([id], skip_special_tokens=False)).encode()
+        return piece.encode() if id in self._added else self._spelling.bytes_of(piece)
+
+    @cached_property
+    def _known_bytes(self) -> dict[int, bytes]:
+        return {}
+
+    @cached_property
+    def _spelling(self) -> "_Spelling | None":
+        return _Spelling.of(json.loads(self.model).get("decoder") or {})
+
+    @cached_property
+    def _added(self) -> frozenset[int]:
+        return frozenset(int(token["id"]) for token in json.loads(self.model).get("added_tokens", []))
+
+    def grown(self, names: Sequence[str]) -> "HuggingFace":
+        """This tokenizer with further control tokens. Ids that nobody declared in between get names of their own."""
+        fields = json.loads(self.model)
+        added = list(fields.get("added_tokens", []))
+        vocabulary = self._decoder.get_vocab(with_added_tokens=True)
+        for name in names:
+            if name in vocabulary:
+                raise ValueError(f"new_tokens: {name!r} is an ordinary token already; choose another name")
+        for id in range(len(vocabulary), self.size):
+            added.append(_control_token(self._by_id.get(id, f"<|unused_{id}|>"), id))
+        added += [_control_token(name, self.size + number) for number, name in enumerate(names)]
+        return HuggingFace(json.dumps(fields | {"added_tokens": added}, ensure_ascii=False).encode(), self.config)
+
     def fingerprint(self) -> str:
         return hashlib.sha256(self.model).hexdigest()
+
+
+class _Spelling:
+    """How the pieces of a `tokenizer.json` spell bytes: `byte_level`, or with `<0xE2>` for single ones."""
+
+    def __init__(self, *, byte_level: bool, space: str, strips: bool) -> None:
+        self.byte_level, self.space, self.strips = byte_level, space, strips
+
+    @classmethod
+    def of(cls, decoder: Mapping[str, Any]) -> "_Spelling | None":
+        """None for decoders that do more than to spell."""
+        steps = {step["type"]: step for step in decoder.get("decoders", [decoder]) if step.get("type")}
+        if set(steps) == {"ByteLevel"}:
+            return cls(byte_level=True, space="", strips=False)
+        if not steps or not set(steps) <= {"Replace", "ByteFallback", "Fuse", "Strip", "Metaspace"}:
+            return None
+        replaces, metaspace, strip = steps.get("Replace", {}), steps.get("Metaspace", {}), steps.get("Strip", {})
+        if replaces and (replaces["content"] != " " or "String" not in replaces["pattern"]):
+            return None
+        if strip and (strip["content"], strip["start"], strip["stop"]) != (" ", 1, 0):
+            return None
+        space = replaces["pattern"]["String"] if replaces else metaspace.get("replacement", "")
+        strips = bool(strip) or metaspace.get("prepend_scheme", "never") != "never"
+        return cls(byte_level=False, space=space, strips=strips) if space else None
+
+    def bytes_of(self, piece: str) -> bytes:
+        if self.byte_level:
+            spelt = [BYTE_LETTERS.get(letter) for letter in piece]
+            return piece.encode() if None in spelt else bytes(byte for byte in spelt if byte is not None)
+        if BYTE_NAME.fullmatch(piece):
+            return bytes([int(piece[3:5], 16)])
+        return piece.replace(self.space, " ").encode()
+
+
+def _byte_letters() -> dict[str, int]:
+    """The letter that stands for each byte in byte-level vocabularies: itself where one can see it, others moved up."""
+    seen = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    moved = [byte for byte in range(NUM_BYTES) if byte not in seen]
+    return {chr(byte): byte for byte in seen} | {chr(NUM_BYTES + n): byte for n, byte in enumerate(moved)}
+
+
+BYTE_LETTERS = _byte_letters()
 
 
 def names_control(name: str) -> bool:
@@ -297,6 +517,73 @@ def _any_of(names: Iterable[str]) -> re.Pattern[str]:
 
 def _is_control_token(token: Mapping[str, Any]) -> bool:
     return bool(token.get("special")) or names_control(token["content"])
+
+
+def _control_token(name: str, id: int) -> dict[str, Any]:
+    plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    return {"id": id, "content": name, **plain, "special": True}
+
+
+def _processor(model: bytes, place: str) -> sentencepiece.SentencePieceProcessor:
+    try:
+        return sentencepiece.SentencePieceProcessor(model_proto=model)
+    except RuntimeError as error:
+        raise ValueError(f"{place}: not a SentencePiece model ({error}); give a .model file") from None
+
+
+def _ids_of(part: str | tuple[int, ...], processor: sentencepiece.SentencePieceProcessor) -> Sequence[int]:
+    return processor.encode(_utf8(part)) if isinstance(part, str) else part
+
+
+def _offsets(text: str, processor: sentencepiece.SentencePieceProcessor) -> list[tuple[int, int]]:
+    """Characters of each token: the library counts bytes, and gives a spelt character to the last of its bytes."""
+    spans = spm.spans(processor.encode(_utf8(text), out_type="serialized_proto"))
+    found = [(start, stop) for _, start, stop in spans]
+    for number in range(len(found) - 2, -1, -1):
+        if found[number][0] == found[number][1] and processor.is_byte(spans[number][0]):
+            found[number] = found[number + 1]
+    if text.isascii():
+        return found
+    character_at, places = 0, {}
+    for number, character in enumerate(text):
+        places[character_at] = number
+        character_at += len(character.encode())
+    places[character_at] = len(text)
+    return [(places[start], places[stop]) for start, stop in found]
+
+
+def _as_declared(model: bytes, folder: Path) -> bytes:
+    """The model with the tokens and roles that the files beside it declare: `added_tokens.json`, `tokenizer_config.json`.
+
+    A chat model made from a SentencePiece model has its own tokens there, behind the last piece or in place of one.
+    """
+    config = _config(folder)
+    declared = {int(id): token for id, token in config.get("added_tokens_decoder", {}).items()}
+    if (folder / ADDED).is_file():
+        listed = _fields((folder / ADDED).read_bytes(), str(folder / ADDED))
+        declared = {int(id): {"content": name} for name, id in listed.items()} | declared
+    known = _processor(model, str(folder))
+    changed = {}
+    for id, token in declared.items():
+        kind = spm.CONTROL if _is_control_token(token) else spm.USER_DEFINED
+        name = token["content"] if kind == spm.CONTROL else token["content"].replace(" ", SPACE_MARK)
+        if id < known.vocab_size() and known.id_to_piece(id) == name:
+            continue
+        if known.id_to_piece(known.piece_to_id(name)) == name:
+            raise ValueError(
+                f"{folder}: token {name!r} is declared as {id}, but is {known.piece_to_id(name)} in the model"
+            )
+        changed[id] = (name, kind)
+    grown = spm.with_pieces(model, changed) if changed else model
+    return spm.with_roles(grown, _changed_roles(config, _processor(grown, str(folder))))
+
+
+def _changed_roles(config: Mapping[str, Any], known: sentencepiece.SentencePieceProcessor) -> dict[str, str]:
+    """Roles that control tokens have in the files, but not in the model."""
+    ids = {"bos_token": known.bos_id(), "eos_token": known.eos_id(), "pad_token": known.pad_id()}
+    wanted = {role: known.piece_to_id(config[role]) for role in ids if role in config}
+    changed = {role: id for role, id in wanted.items() if id != ids[role] and known.is_control(id)}
+    return {role: known.id_to_piece(id) for role, id in changed.items()}
 
 
 def _config(folder: Path) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import io
 import json
 import pickle
+import time
 
 import pytest
 import sentencepiece
@@ -12,13 +13,14 @@ from hypothesis import strategies as st
 
 from itjax.text import tokenizer as tokenizer_module
 from itjax.text.formats import CHATML_CONTROLS
-from itjax.text.tokenizer import HuggingFace, SentencePiece, train
+from itjax.text.tokenizer import HuggingFace, SentencePiece, train, with_tokens
 
 LINES = [
     "The capital of France is Paris.\n\nThe capital of Peru is Lima.",
     "def add(x, y):\n    return x + y\n",
     "What is the capital of the country? Answer: 1,234.50 km\u00b2",
 ] * 20
+SPACES = " " * 9
 MARKERS = [
     "<|im_start|>",
     "<|im_end|>",
@@ -187,7 +189,33 @@ def metaspace(scheme):
     return made.to_str().encode()
 
 
+def llama_like():
+    """Words with U+2581 before them, other text in bytes, as `tokenizer.json` of Llama 2 has it."""
+    made = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    made.normalizer = tokenizers.normalizers.Sequence(
+        [tokenizers.normalizers.Prepend("\u2581"), tokenizers.normalizers.Replace(" ", "\u2581")]
+    )
+    made.decoder = tokenizers.decoders.Sequence(
+        [
+            tokenizers.decoders.Replace("\u2581", " "),
+            tokenizers.decoders.ByteFallback(),
+            tokenizers.decoders.Fuse(),
+            tokenizers.decoders.Strip(" ", 1, 0),
+        ]
+    )
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))],
+        show_progress=False,
+    )
+    made.train_from_iterator(LINES, trainer)
+    fields = json.loads(made.to_str())
+    fields["added_tokens"] = fields["added_tokens"][:3]  # bytes are pieces, not added
+    return json.dumps(fields).encode()
+
+
 BYTE_LEVEL = HuggingFace(byte_level(), {"eos_token": "<|end|>"})
+LLAMA_LIKE = HuggingFace(llama_like(), {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"})
 
 
 @given(
@@ -265,3 +293,189 @@ def test_a_tokenizer_that_loses_text_is_told_of(shared_data, caplog):
     assert (opened.bos, opened.eos, opened.pad) == (2002, 2003, 2001)
     assert opened.control("<|vision_start|>") is not None
     assert not set(opened.controls.values()) & set(opened.encode("<|end_of_text|><|begin_of_text|>"))
+
+
+# ------------------------------------------------------------------------------------------ bytes and places
+
+
+@pytest.fixture(scope="module")
+def unigram():
+    """What SentencePiece makes when nobody says otherwise: NFKC, a space before every text, white space in runs gone."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(LINES), model_writer=model, vocab_size=60, hard_vocab_limit=False, minloglevel=2
+    )
+    return SentencePiece(model.getvalue())
+
+
+@given(text=texts)
+@settings(max_examples=150, deadline=None)
+def test_bytes_of_the_tokens_are_the_bytes_of_the_text(tokenizer, text):
+    for made in (tokenizer, BYTE_LEVEL):
+        ids = made.encode(text)
+        assert made.decode_bytes(ids) == text.encode()
+        assert b"".join(made.token_bytes(id) for id in ids) == text.encode()
+        parts = [made.decode_bytes(ids[:cut]) for cut in range(len(ids) + 1)]
+        assert all(text.encode().startswith(part) for part in parts)  # also in the middle of a character
+
+
+@given(ids=st.lists(st.integers(0, 399), max_size=8))
+@settings(max_examples=150, deadline=None)
+def test_bytes_and_text_of_any_ids_are_the_same(tokenizer, gemma_like, ids):
+    for made in (tokenizer, gemma_like, BYTE_LEVEL, LLAMA_LIKE):
+        some = [id % made.size for id in ids]
+        read = made.decode(some)
+        assert made.decode_bytes(some).decode(errors="replace") == read or "\ufffd" in read
+
+
+@given(text=texts)
+@example(text="\u6f22\U0001f389 a\u2581b<start_of_turn>\u6f22")
+@settings(max_examples=150, deadline=None)
+def test_offsets_cut_the_text_into_what_its_tokens_stand_for(tokenizer, gemma_like, text):
+    for made in (tokenizer, gemma_like, BYTE_LEVEL):
+        places = made.offsets(text)
+        spelt = [made.token_bytes(id) for id in made.encode(text)]
+        assert len(places) == len(spelt)
+        for n, ((start, stop), token) in enumerate(zip(places, spelt, strict=True)):
+            shown = made.decode(made.encode(text[start:stop])).encode()  # a space mark may be read as a space
+            is_space_of_its_own = n == 0 and made.space_before and token[:1] == b" "
+            assert (token.removeprefix(b" ") if is_space_of_its_own else token) in (shown, b" " + shown) or (
+                token in shown and start < stop
+            )
+        assert sorted(places) == places
+        assert "".join(text[a:b] for a, b in dict.fromkeys(places)) == text
+
+
+def test_offsets_point_into_the_text_and_not_into_what_became_of_it(unigram):
+    places = unigram.offsets("\ufb01 x")  # read as " fi x"
+    named = [(unigram.token(id), place) for id, place in zip(unigram.encode("\ufb01 x"), places, strict=True)]
+    assert named == [(" ", (0, 0)), ("f", (0, 0)), ("i", (0, 1)), (" ", (1, 2)), ("x", (2, 3))]
+
+
+# ------------------------------------------------------------------------------------------ tokens that come later
+
+
+@pytest.mark.parametrize("made", ["sentencepiece", "json"])
+def test_new_tokens_get_the_ids_behind_the_last_and_change_nothing_else(tokenizer, made):
+    base = tokenizer if made == "sentencepiece" else BYTE_LEVEL
+    grown = with_tokens(base, ["<|tool|>", next(iter(base.controls)), "<|done|>", "<|tool|>"])
+    assert [grown.control("<|tool|>"), grown.control("<|done|>"), grown.size] == [
+        base.size,
+        base.size + 1,
+        base.size + 2,
+    ]
+    for text in [*LINES[:3], "<|tool|> \u6f22\n"]:
+        assert grown.encode(text) == base.encode(text)
+    assert grown.decode([base.size, *base.encode("a")]) == "a"
+    assert (grown.bos, grown.eos, grown.pad, grown.unk) == (base.bos, base.eos, base.pad, base.unk)
+    assert with_tokens(base, ["<|tool|>", "<|done|>"]).model == grown.model
+    assert with_tokens(grown, ["<|done|>"]) is grown
+    assert pickle.loads(pickle.dumps(grown)).controls == grown.controls
+
+
+def test_new_tokens_come_behind_those_that_only_the_file_beside_declares():
+    declared = {"eos_token": "<|end|>", "added_tokens_decoder": {"405": {"content": "<|x|>", "special": True}}}
+    base = HuggingFace(byte_level(), declared)
+    grown = with_tokens(base, ["<|y|>"])
+    assert (grown.control("<|x|>"), grown.control("<|y|>"), grown.size) == (405, 406, 407)
+    plain = {name: part for name, part in json.loads(grown.model).items() if name != tokenizer_module.CONFIG}
+    assert tokenizers.Tokenizer.from_str(json.dumps(plain)).token_to_id("<|y|>") == 406
+
+
+@pytest.mark.parametrize("name", ["The", "\n", "", " <|x|>"])
+def test_a_new_token_that_text_is_full_of_is_refused(tokenizer, name):
+    with pytest.raises(ValueError, match=r"new_tokens: '.*' is (an ordinary token already|empty or has white space)"):
+        with_tokens(tokenizer, [name])
+
+
+def test_a_sentencepiece_folder_has_the_tokens_its_files_declare(tmp_path, tokenizer):
+    """As chat models that were made from a SentencePiece model publish them: ids behind the last piece."""
+    (tmp_path / "tokenizer.model").write_bytes(tokenizer.model)
+    last = tokenizer.size
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"<|assistant|>": last + 1, "<|end|>": last + 7}))
+    config = {
+        "eos_token": "<|endoftext|>",
+        "bos_token": {"content": "<s>"},
+        "added_tokens_decoder": {
+            "2": {"content": "<s>", "special": True},
+            str(last): {"content": "<|endoftext|>", "special": True},
+            str(last + 2): {"content": SPACES, "special": False},
+        },
+    }
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    opened = tokenizer_module.open(tmp_path)
+    assert (opened.size, opened.bos, opened.eos) == (last + 8, 2, last)
+    assert [opened.control(name) for name in ("<|assistant|>", "<|end|>")] == [last + 1, last + 7]
+    assert opened.encode(f"a{SPACES}b")[1:-1] == [
+        last + 2
+    ]  # what is added and no control is one token wherever it stands
+    assert opened.encode("<|end|>") == tokenizer.encode("<|end|>")
+    assert opened.decode([opened.control("<|assistant|>"), *opened.encode(f"a{SPACES}b")]) == f"a{SPACES}b"
+    assert pickle.loads(pickle.dumps(opened)).controls == opened.controls
+
+
+def test_a_declared_token_may_take_the_place_of_an_unused_piece(tmp_path, gemma_like):
+    (tmp_path / "tokenizer.model").write_bytes(gemma_like.model)
+    place = gemma_like.encode("<table>")[-1]
+    config = {"added_tokens_decoder": {str(place): {"content": "<|im_end|>", "special": True}}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    opened = tokenizer_module.open(tmp_path)
+    assert opened.control("<|im_end|>") == place
+    assert opened.size == gemma_like.size
+    assert place not in opened.encode("<table><|im_end|>")
+
+
+# ------------------------------------------------------------------------------------------ hard text
+
+
+def test_threads_change_nothing(tokenizer):
+    for made in (tokenizer, BYTE_LEVEL, LLAMA_LIKE):
+        assert made.encode_many(LINES, threads=2) == made.encode_many(LINES) == [made.encode(line) for line in LINES]
+
+
+def test_what_normalisation_changes_is_said_once_when_a_tokenizer_is_opened(tmp_path, unigram, tokenizer, caplog):
+    (tmp_path / "nfkc.model").write_bytes(unigram.model)
+    tokenizer_module.open(tmp_path / "nfkc.model")
+    assert "does not give back its text: '\ufb01\u2460\uff21' is read as 'fi1A'" in caplog.text
+    assert "' two  spaces ' is read as 'two spaces'" in caplog.text
+    assert len(caplog.records) == 1
+    (tmp_path / "own.model").write_bytes(tokenizer.model)
+    tokenizer_module.open(tmp_path / "own.model")
+    assert len(caplog.records) == 1
+
+
+def test_nfkc_is_named_with_its_example(shared_data, caplog):
+    tokenizer_module.open(shared_data / "tokenizers" / "sentencepiece_test_model.model")
+    assert "'\ufb01\u2460\uff21' is read as 'fi1A'" in caplog.text
+
+
+def test_a_null_character_is_a_character(tokenizer):
+    for made in (tokenizer, BYTE_LEVEL):
+        assert made.decode(made.encode("a\0b\0")) == "a\0b\0"
+        assert made.decode_bytes(made.encode("a\0b\0")) == b"a\0b\0"
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_lone_surrogates_are_refused_with_their_place(tokenizer, threads):
+    for made in (tokenizer, BYTE_LEVEL):
+        for call in (
+            lambda made=made: made.encode_many(["ok", "ab\ud800"], threads=threads),
+            lambda made=made: made.offsets("ab\ud800"),
+        ):
+            with pytest.raises(ValueError, match=r"text: lone surrogate '\\ud800' at character 2 is not text"):
+                call()
+
+
+@pytest.mark.parametrize("text", ["x", "The capital is 12.\n", "<|im_start|>", "\u2581"])
+def test_a_text_twice_as_long_takes_twice_as_long(tokenizer, text):
+    """Linear, with room for a busy machine; squares would be four times."""
+    for made in (tokenizer, BYTE_LEVEL):
+        long = text * (100_000 // len(text))
+        once, twice = (min(seconds(made, long * n) for _ in range(2)) for n in (1, 2))
+        assert twice < 3.5 * once + 0.1
+
+
+def seconds(made, text):
+    before = time.process_time()
+    made.encode(text)
+    return time.process_time() - before
