@@ -17,7 +17,7 @@ import numpy as np
 
 from benchmarks import SEED, measured
 from itjax.base.records import PackedBatch
-from itjax.base.schema import Optimizer
+from itjax.base.schema import Loss, Optimizer
 from itjax.models import families
 from itjax.models.families import ModelConfig
 from itjax.models.model import build
@@ -69,7 +69,7 @@ def train_step(config: ModelConfig) -> Callable[[PackedBatch], None]:
     tx = optimizer.adamw(settings)
     step = jax.jit(
         make_train_step(
-            sft(model, z_loss=0.0, chunk=512),
+            sft(model, loss=Loss(chunk=512)),
             tx,
             learning_rate=optimizer.learning_rate(settings, num_steps=1000),
             accumulate=1,

@@ -5,6 +5,7 @@
 Exit 0 when all hold, 4 when one fails. The batch is the first rows of the run's real data, the model is the run's own.
 """
 
+import dataclasses
 import itertools
 import json
 import math
@@ -27,7 +28,7 @@ from itjax.base.schema import REMAT, Parallel, Run
 from itjax.data.loader import Loader
 from itjax.data.prepare import Data
 from itjax.kernels import attention
-from itjax.models.families import ModelConfig
+from itjax.models.config import ModelConfig
 from itjax.models.model import Model, build
 from itjax.objectives.sft import sft
 from itjax.parallel import cluster, layout
@@ -120,7 +121,7 @@ def verify(run: Run, data: Data) -> Iterator[Check]:
 def gradient(run: Run, model: Model, batch: PackedBatch, *, mesh: Mesh, accumulate: int, chunk: int) -> Outcome:
     """Loss and gradient by the train step's own function, of parameters drawn from the run's seed."""
     with jax.set_mesh(mesh):
-        loss_fn = sft(model, z_loss=run.loss.z_loss, chunk=chunk)
+        loss_fn = sft(model, loss=dataclasses.replace(run.loss, chunk=chunk))
         whole = NamedSharding(mesh, PartitionSpec())
 
         def sums(params: Any, batch: PackedBatch) -> tuple[jax.Array, Any]:

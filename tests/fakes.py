@@ -7,26 +7,32 @@ import jax
 import numpy as np
 
 from itjax.base.records import PackedBatch, TokenizedExample
-from itjax.models.families import ModelConfig
-from itjax.models.model import Model, Params, build
+from itjax.base.schema import Lora
+from itjax.models.config import ModelConfig
+from itjax.models.model import NO_LORA, Model, Params, build
 
 TINY = ModelConfig(
-    vocab=96, layers=2, dim=32, heads=4, kv_heads=2, head_size=8, ffn=48, rope_theta=1e4, norm_eps=1e-5,
-    tie_embeddings=True,
+    vocab=96, layers=2, dim=32, heads=4, kv_heads=2, head_size=8, ffn=48, norm_eps=1e-5, tie_embeddings=True,
 )  # fmt: skip
 
 
 @functools.cache  # so that tests share what is compiled
 def tiny_model(
-    config: ModelConfig = TINY, *, dtype: str = "float32", attention: str = "auto", remat: str = "none"
+    config: ModelConfig = TINY,
+    *,
+    dtype: str = "float32",
+    attention: str = "auto",
+    remat: str = "none",
+    lora: Lora = NO_LORA,
+    base: str = "float32",
 ) -> Model:
-    return build(config, dtype=dtype, attention=attention, remat=remat)
+    return build(config, dtype=dtype, attention=attention, remat=remat, lora=lora, base=base)
 
 
 @functools.cache
-def tiny_params(config: ModelConfig = TINY, *, seed: int = 0) -> Params:
+def tiny_params(config: ModelConfig = TINY, *, seed: int = 0, lora: Lora = NO_LORA, base: str = "float32") -> Params:
     """Drawn once; the same for every dtype, attention and remat. Not to be changed in place."""
-    return tiny_model(config).init(jax.random.key(seed))
+    return tiny_model(config, lora=lora, base=base).init(jax.random.key(seed))
 
 
 def example(seed: int, *, length: int, vocab: int = TINY.vocab) -> TokenizedExample:

@@ -143,12 +143,31 @@ def contradictions(run: schema.Run) -> None:
     _contradictions_of_sources(run.sources, path="config.sources")
     _contradictions_of_mixture(run.mixture, run.sources, place="config", others=bool(run.files))
     _contradictions_of_limits(run)
-    free = [axis for axis in ("data", "fsdp", "tensor") if getattr(run.parallel, axis) == -1]
+    _contradictions_of_adapters(run)
+    axes = [
+        field.name
+        for field in dataclasses.fields(schema.Parallel)
+        if isinstance(getattr(run.parallel, field.name), int)
+    ]
+    free = [axis for axis in axes if getattr(run.parallel, axis) == -1]
     if len(free) > 1:
         raise Fault(f"config.parallel: {' and '.join(free)} are both -1; only one axis can take what is left")
-    for axis in ("data", "fsdp", "tensor"):
+    for axis in axes:
         if getattr(run.parallel, axis) == 0:
             raise Fault(f"config.parallel.{axis}: 0 devices; use 1 for no split, -1 for what is left")
+
+
+def _contradictions_of_adapters(run: schema.Run) -> None:
+    if run.lora.rank:
+        return
+    given = [name for name in ("targets", "also", "dora", "dropout", "rank_stabilized") if getattr(run.lora, name)]
+    if given:
+        raise Fault(f"config.lora.{given[0]}: set, and lora.rank is 0, so there is no adapter; set the rank, e.g. 16")
+    if run.lora.base != "auto":
+        raise Fault(
+            f"config.lora.base: {run.lora.base!r} is how a frozen base is kept, and with lora.rank=0 all of it is trained; "
+            "set a rank, or leave base at 'auto'"
+        )
 
 
 def _contradictions_of_sources(sources: Mapping[str, schema.Source], *, path: str) -> None:

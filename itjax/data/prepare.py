@@ -70,7 +70,6 @@ def prepare(run: Run, *, progress: Progress) -> Data:
     folder = Path(run.cache_dir) if run.cache_dir else cache.default_dir()
     gathered = gather.gather(run, folder=folder, progress=progress)
     pieces = _tokenizer(run, gathered.train, folder=folder, progress=progress)
-    model_folder = run.tokenizer if Path(run.tokenizer).is_dir() else ""
     encoding = Encoding(
         tokenizer=pieces,
         format=run.format,
@@ -79,7 +78,7 @@ def prepare(run: Run, *, progress: Progress) -> Data:
         prompt_weight=run.loss.prompt_weight,
         learn=run.learn,
         bad_rows=run.bad_rows,
-        folder=model_folder,
+        folder=_model_folder(run),
         reasoning=run.reasoning,
         learns_separator=run.learn_separator,
     )
@@ -205,13 +204,26 @@ def _why(source: EncodedSource) -> str:
     return f"{source.name}: of {source.report['rows']} rows dropped {reasons}"
 
 
+def _model_folder(run: Run) -> str:
+    """The published folder whose tokenizer and chat template are used, or nothing."""
+    named = run.model if run.tokenizer == "auto" else run.tokenizer
+    return named if Path(named).is_dir() else ""
+
+
 def _tokenizer(run: Run, rows: Sequence[RowSource], *, folder: Path, progress: Progress) -> Tokenizer:
-    """The tokenizer file of the config, or one made from the training rows and kept in the cache."""
-    if run.tokenizer != "auto":
+    """The tokenizer that the config or the model's folder names, or one made from the training rows and kept in the cache."""
+    named = _model_folder(run) or run.tokenizer
+    if named != "auto":
         try:
-            return tokenizer.open(run.tokenizer)
+            published = tokenizer.open(named)
+            return tokenizer.with_tokens(published, run.new_tokens) if run.new_tokens else published
         except ValueError as error:
-            raise ValueError(f"config.tokenizer: {error}") from None
+            raise ValueError(f"config.{'model' if named == run.model else 'tokenizer'}: {error}") from None
+    if run.new_tokens:
+        raise ValueError(
+            f"config.new_tokens: {', '.join(run.new_tokens)} are for the tokenizer of a model's folder; "
+            "one that is made from the data has the tokens of config.format"
+        )
     fingerprints = [source.fingerprint() for source in rows]
     controls = _controls(run.format)
     shape = [TOKENIZER_VERSION, run.vocab_size, run.split_digits, TOKENIZER_TEXTS, controls, *fingerprints]

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from itjax.base.schema import Loss
 from itjax.data.loader import make_loader
 from itjax.data.prepare import HeldOut
 from itjax.models.model import Model, Params
@@ -34,7 +35,7 @@ def held_out_loss(
         workers=0,
     )
     batches = [loader.batch(step) for step in range(loader.num_steps)]
-    loss_fn = sft(model, z_loss=0.0, chunk=chunk, num_sources=len(held))
+    loss_fn = sft(model, loss=Loss(chunk=chunk, router_balance=0.0), num_sources=len(held))
     sums = jax.jit(lambda params, batch: loss_fn(params, {}, batch))
 
     def evaluate(step: int, params: Params) -> list[dict[str, Any]]:

@@ -27,6 +27,7 @@ class CrossEntropy(NamedTuple):
 class _Settings(NamedTuple):
     vocab: int
     z_loss: float
+    softcap: float
     chunk: int
     pin: Pin
 
@@ -39,14 +40,16 @@ def linear_cross_entropy(
     *,
     vocab: int,
     z_loss: float,
+    softcap: float = 0.0,
     chunk: int,
     shards: int,
     pin: Pin,
 ) -> CrossEntropy:
     """Weighted sums of -log p(target), p = softmax(x · head), without the logits of more than `chunk` positions a shard.
 
-    `vocab` is how many rows of the head are real (the others get no probability), `shards` into how many parts the
-    mesh splits the rows, `pin(x, *names)` lays an array out on it. Products are in the dtype of `x`, the rest in float32.
+    With a `softcap` c the logits are c·tanh(x · head / c). `vocab` is how many rows of the head are real (the others get
+    no probability), `shards` into how many parts the mesh splits the rows, `pin(x, *names)` lays an array out on it.
+    Products are in the dtype of `x`, the rest in float32.
     """
     shape = targets_BT.shape
     flat_SR = (shards, targets_BT.size // shards)
@@ -56,17 +59,26 @@ def linear_cross_entropy(
         head_VD,
         targets_BT.reshape(flat_SR),
         weights_SR,
-        _Settings(vocab, z_loss, min(chunk, flat_SR[1]), pin),
+        _Settings(vocab, z_loss, softcap, min(chunk, flat_SR[1]), pin),
     )
     facts = [jax.lax.stop_gradient(fact_SR.reshape(shape)) for fact_SR in out[1:]]
     return CrossEntropy(out.loss, *facts)
 
 
 def reference(
-    x_BTD: jax.Array, head_VD: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array, *, vocab: int, z_loss: float
+    x_BTD: jax.Array,
+    head_VD: jax.Array,
+    targets_BT: jax.Array,
+    weights_BT: jax.Array,
+    *,
+    vocab: int,
+    z_loss: float,
+    softcap: float = 0.0,
 ) -> CrossEntropy:
     """The definition, plainly: all logits at one time. The chunked one is tested against it."""
     logits_BTV = jnp.einsum("BTD,VD->BTV", x_BTD, head_VD[:vocab].astype(x_BTD.dtype)).astype(jnp.float32)
+    if softcap:
+        logits_BTV = softcap * jnp.tanh(logits_BTV / softcap)
     log_z_BT = jax.nn.logsumexp(logits_BTV, axis=-1)
     target_BT = jnp.take_along_axis(logits_BTV, targets_BT[..., None], axis=-1)[..., 0]
     nll_BT = log_z_BT - target_BT
@@ -89,39 +101,38 @@ class _Chunk(NamedTuple):
 def _sums(
     x_SRD: jax.Array, head_VD: jax.Array, targets_SR: jax.Array, weights_SR: jax.Array, settings: _Settings
 ) -> CrossEntropy:
-    return _loop(x_SRD, head_VD, targets_SR, weights_SR, settings, with_grads=False)[0]
+    return _loop(x_SRD, head_VD, targets_SR, weights_SR, settings, x_moves=False, head_moves=False)[0]
 
 
 def _sums_forward(x_SRD, head_VD, targets_SR, weights_SR, settings):
-    return _loop(x_SRD, head_VD, targets_SR, weights_SR, settings, with_grads=True)
+    """Inputs say whether a gradient by them is asked for: none of the head is made where the head is frozen."""
+    values = (part.value for part in (x_SRD, head_VD, targets_SR, weights_SR))
+    return _loop(*values, settings, x_moves=x_SRD.perturbed, head_moves=head_VD.perturbed)
 
 
 def _sums_backward(settings, grads, cotangent):
     del settings  # facts per position carry no gradient (see `linear_cross_entropy`), only the loss does
-    x_grad_SRD, head_grad_VD = grads
     scale = cotangent.loss
-    return (x_grad_SRD * scale.astype(x_grad_SRD.dtype), head_grad_VD * scale.astype(head_grad_VD.dtype), None, None)
+    x_grad_SRD, head_grad_VD = (None if grad is None else grad * scale.astype(grad.dtype) for grad in grads)
+    return (x_grad_SRD, head_grad_VD, None, None)
 
 
-_sums.defvjp(_sums_forward, _sums_backward)
+_sums.defvjp(_sums_forward, _sums_backward, symbolic_zeros=True)
 
 
-def _loop(x_SRD, head_VD, targets_SR, weights_SR, settings, *, with_grads):
-    """(CrossEntropy of S x R positions, gradients by x and head): one chunk of weighted positions after another."""
+def _loop(x_SRD, head_VD, targets_SR, weights_SR, settings, *, x_moves, head_moves):
+    """(CrossEntropy of S x R positions, gradients by x and head or None): one chunk of weighted positions after another."""
     S, R, _ = x_SRD.shape
     C, pin = settings.chunk, settings.pin
     places_SR, num_chunks = _weighted_first(weights_SR, C)
     kernel_VD = pin(head_VD.astype(x_SRD.dtype), "vocab", None)  # whole over D: gathered once, not in every chunk
     facts_SR = tuple(pin(jnp.zeros((S, R), jnp.float32), "batch", None) for _ in range(3))
-    grads = (
-        pin(jnp.zeros_like(x_SRD), "batch", None, None),
-        pin(
-            jnp.zeros((S, *head_VD.shape), jnp.float32), "batch", "vocab", None
-        ),  # a sum on each shard, added at the end
-    )
+    x_grad_SRD = pin(jnp.zeros_like(x_SRD), "batch", None, None) if x_moves else None
+    # A sum on each shard, added at the end.
+    head_grad_SVD = pin(jnp.zeros((S, *head_VD.shape), jnp.float32), "batch", "vocab", None) if head_moves else None
 
     def body(number, carry):
-        facts_SR, grads = carry
+        facts_SR, x_grad_SRD, head_grad_SVD = carry
         places_SC = jax.lax.dynamic_slice_in_dim(places_SR, number * C, C, axis=1)
         x_SCD = pin(_take(x_SRD, places_SC), "batch", None, None)
         weights_SC = _take(weights_SR, places_SC)
@@ -129,16 +140,19 @@ def _loop(x_SRD, head_VD, targets_SR, weights_SR, settings, *, with_grads):
         chunk = _chunk(logits_SCV, _take(targets_SR, places_SC), weights_SC, settings)
         new = (chunk.nll_SC, chunk.log_z_SC, chunk.hits_SC)
         facts_SR = tuple(_put(fact, places_SC, value) for fact, value in zip(facts_SR, new, strict=True))
-        if with_grads:
-            grad_SCV = pin(chunk.grad_SCV.astype(x_SRD.dtype), "batch", None, "vocab")
-            x_grad_SCD = pin(_product(grad_SCV, kernel_VD), "batch", None, None)
-            grads = (_put(grads[0], places_SC, x_grad_SCD), grads[1] + _outer(grad_SCV, x_SCD))
-        return facts_SR, grads
+        grad_SCV = pin(chunk.grad_SCV.astype(x_SRD.dtype), "batch", None, "vocab")
+        if x_moves:
+            x_grad_SRD = _put(x_grad_SRD, places_SC, pin(_product(grad_SCV, kernel_VD), "batch", None, None))
+        if head_moves:
+            head_grad_SVD += _outer(grad_SCV, x_SCD)
+        return facts_SR, x_grad_SRD, head_grad_SVD
 
-    facts_SR, grads = jax.lax.fori_loop(0, num_chunks, body, (facts_SR, grads))
+    carry = jax.lax.fori_loop(0, num_chunks, body, (facts_SR, x_grad_SRD, head_grad_SVD))
+    facts_SR, x_grad_SRD, head_grad_SVD = carry
     nll_SR, log_z_SR, _ = facts_SR
     loss = (weights_SR * (nll_SR + settings.z_loss * log_z_SR**2)).sum()
-    return CrossEntropy(loss, *facts_SR), (grads[0], grads[1].sum(axis=0).astype(head_VD.dtype))
+    head_grad_VD = head_grad_SVD.sum(axis=0).astype(head_VD.dtype) if head_moves else None
+    return CrossEntropy(loss, *facts_SR), (x_grad_SRD, head_grad_VD)
 
 
 def _weighted_first(weights_SR: jax.Array, chunk: int) -> tuple[jax.Array, jax.Array]:
@@ -156,7 +170,14 @@ def _weighted_first(weights_SR: jax.Array, chunk: int) -> tuple[jax.Array, jax.A
 
 
 def _chunk(logits_SCV: jax.Array, targets_SC: jax.Array, weights_SC: jax.Array, settings: _Settings) -> _Chunk:
-    """Softmax in float32; the gradient of w·(-log p + z·log Z²) is w·((1 + 2z·log Z)·p - [v is the target])."""
+    """Softmax in float32; the gradient of w·(-log p + z·log Z²) is w·((1 + 2z·log Z)·p - [v is the target]).
+
+    A soft cap multiplies it by its own derivative, 1 - (logit / c)².
+    """
+    slope_SCV = None
+    if settings.softcap:
+        logits_SCV = settings.softcap * jnp.tanh(logits_SCV / settings.softcap)
+        slope_SCV = 1.0 - jnp.square(logits_SCV / settings.softcap)
     columns_11V = jnp.arange(logits_SCV.shape[-1], dtype=jnp.int32)[None, None]
     if settings.vocab < logits_SCV.shape[-1]:
         logits_SCV = jnp.where(columns_11V < settings.vocab, logits_SCV, -jnp.inf)
@@ -168,6 +189,8 @@ def _chunk(logits_SCV: jax.Array, targets_SC: jax.Array, weights_SC: jax.Array, 
     target_SC = jnp.where(is_target_SCV, logits_SCV, 0.0).sum(axis=-1)  # where V is sharded a gather would move logits
     share_SC = weights_SC * (1.0 + 2.0 * settings.z_loss * log_z_SC)
     grad_SCV = exp_SCV * (share_SC[..., None] / total_SC1) - jnp.where(is_target_SCV, weights_SC[..., None], 0.0)
+    if slope_SCV is not None:
+        grad_SCV *= slope_SCV
     return _Chunk(log_z_SC - target_SC, log_z_SC, (target_SC >= highest_SC1[..., 0]).astype(jnp.float32), grad_SCV)
 
 

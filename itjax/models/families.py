@@ -172,8 +172,8 @@ _PHI4_MINI_LONG = _stretched(
 # --- the presets ------------------------------------------------------------------------------------------------------
 
 # The six numbers are layers, dim, heads, kv_heads, head_size and ffn. Vocabularies are the published ones; `resolve`
-# takes the tokenizer's. Where a base model and its instruct
-# variants differ it is the base model's, but for Mixtral 8x22B and what has no base (Phi, GPT-OSS).
+# takes the tokenizer's. Where a base model and its instruct variants differ it is the base model's, but for Mixtral 8x22B
+# and what has no base (Phi, GPT-OSS).
 PRESETS: dict[str, ModelConfig] = {
     "tiny": ModelConfig(
         vocab=1024, layers=3, dim=64, heads=4, kv_heads=4, head_size=16, ffn=160, rope=Rope(theta=1e4), norm_eps=1e-5,

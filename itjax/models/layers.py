@@ -5,20 +5,21 @@ B rows, T positions, D width, N heads, H head size.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from itjax.base.schema import Lora
+from itjax.models import lora, quantize
 
 
 @dataclass(frozen=True)
 class Options:
     """How linear layers keep their kernels, and what is added to them."""
 
-    lora: Lora = Lora()  # rank 0: nothing is added
+    lora: Lora = field(default_factory=Lora)  # rank 0: nothing is added
     base: str = "float32"  # "float32", "bfloat16", "int8" or "nf4"
 
 
@@ -33,10 +34,26 @@ class Draws:
         return None if self._key is None else jax.random.fold_in(self._key, self._given)
 
 
+class Quantized(nnx.Module):
+    """A kernel in few bits: two leaves where a plain one is one. Both shard as the kernel would."""
+
+    def __init__(
+        self, kernel: jax.Array, axes: tuple[str, ...], *, kind: str, contract: int, lead: int = 0
+    ) -> None:  # fmt: skip
+        leaves = quantize.quantize(kernel, kind, contract=contract, lead=lead)
+        self.codes = nnx.Param(leaves["codes"], axes=axes)
+        self.scales = nnx.Param(leaves["scales"], axes=axes)
+
+    def leaves(self) -> dict[str, jax.Array]:
+        return {"codes": self.codes[...], "scales": self.scales[...]}
+
+
 class Projection(nnx.Module):
     """y = x · kernel + bias. The kernel's first `contract` dimensions meet the last ones of x; both may have several.
 
-    `place` is where it stands in the tree of parameters ("layers/attn/q"): patterns of adapters are about that.
+    `place` is where it stands in the tree of parameters ("layers/attn/q"): patterns of adapters are about that. With an
+    adapter y = x · kernel + scale · (x · A) · B + bias; with DoRA the first two are made as long as `lora_m` says. A · B is
+    never added to the kernel here: that would be a second kernel, and for all layers at once where it is done before them.
     """
 
     def __init__(
@@ -51,18 +68,52 @@ class Projection(nnx.Module):
         options: Options,
         bias: bool = False,
     ) -> None:
-        self.contract = contract
-        self.kernel = nnx.Param(draw(key, shape, fan_in=math.prod(shape[:contract])) * gain, axes=axes)
-        self.bias = nnx.Param(jnp.zeros(shape[contract:]), axes=axes[contract:]) if bias else None
+        self.contract, self.lora = contract, options.lora
+        inputs, outputs = shape[:contract], shape[contract:]
+        drawn = draw(key, shape, fan_in=math.prod(inputs)) * gain
+        self.kernel = kept(drawn, axes, kind=lora.stored(options.lora, options.base, place), contract=contract)
+        self.bias = nnx.Param(jnp.zeros(outputs), axes=axes[contract:]) if bias else None
+        rank, adapted = ("rank",), lora.adapts(options.lora, place)
+        a_shape, b_shape = (*inputs, options.lora.rank), (options.lora.rank, *outputs)
+        a = draw_a(jax.random.fold_in(key, 1), a_shape, fan_in=math.prod(inputs)) if adapted else None
+        self.lora_a = nnx.Param(a, axes=axes[:contract] + rank) if adapted else None
+        self.lora_b = nnx.Param(jnp.zeros(b_shape), axes=rank + axes[contract:]) if adapted else None
+        # `lora.begin` measures the columns, when the kernels have come.
+        lengthened = adapted and options.lora.dora
+        self.lora_m = nnx.Param(jnp.ones(outputs), axes=axes[contract:]) if lengthened else None
 
     def __call__(self, x: jax.Array, draws: Draws) -> jax.Array:
-        kernel = self.kernel[...].astype(x.dtype)
-        rows, outputs = x.shape[: x.ndim - self.contract], kernel.shape[self.contract :]
+        rows, outputs = x.shape[: x.ndim - self.contract], self._outputs()
         # One product of two matrices: XLA runs it twice as fast on CPUs as the same sums with three or four dimensions.
-        y = x.reshape(math.prod(rows), -1) @ kernel.reshape(-1, math.prod(outputs))
+        x_RI = x.reshape(math.prod(rows), -1)
+        y_RO = self._base(x_RI)
+        if self.lora_a is not None and self.lora_b is not None:
+            y_RO = self._adapted(y_RO, x_RI, self.lora_a[...], self.lora_b[...], draws)
         if self.bias is not None:
-            y += self.bias[...].astype(x.dtype).reshape(1, -1)
-        return y.reshape(*rows, *outputs)
+            y_RO += self.bias[...].astype(x.dtype).reshape(1, -1)
+        return y_RO.reshape(*rows, *outputs)
+
+    def _base(self, x_RI: jax.Array) -> jax.Array:
+        if isinstance(self.kernel, Quantized):
+            return quantize.matmul(x_RI, self.kernel.leaves(), self.contract)
+        return x_RI @ self.kernel[...].astype(x_RI.dtype).reshape(x_RI.shape[1], -1)
+
+    def _adapted(self, y_RO: jax.Array, x_RI: jax.Array, a: jax.Array, b: jax.Array, draws: Draws) -> jax.Array:
+        """y + scale · (drop(x) · A) · B, and the columns of that as long as DoRA says."""
+        a_Ir = a.astype(x_RI.dtype).reshape(x_RI.shape[1], -1)
+        b_rO = b.astype(x_RI.dtype).reshape(a_Ir.shape[1], -1)
+        y_RO += (drop(x_RI, self.lora.dropout, draws) @ a_Ir) @ b_rO * lora.scale(self.lora)
+        if self.lora_m is None:
+            return y_RO
+        # Their length so far counts as a constant: section 4.3 of the DoRA paper, https://arxiv.org/abs/2402.09353
+        kernel = self.kernel.leaves() if isinstance(self.kernel, Quantized) else self.kernel[...]
+        whole = jax.lax.stop_gradient(lora.whole(kernel, a, b, scale=lora.scale(self.lora)))
+        ratio_1O = (self.lora_m[...] / lora.lengths(whole, self.contract)).reshape(1, -1)
+        return (y_RO * ratio_1O).astype(x_RI.dtype)
+
+    def _outputs(self) -> tuple[int, ...]:
+        kernel = self.kernel.codes if isinstance(self.kernel, Quantized) else self.kernel
+        return kernel[...].shape[self.contract :]
 
 
 class Norm(nnx.Module):
@@ -84,3 +135,23 @@ class Norm(nnx.Module):
 def draw(key: jax.Array, shape: tuple[int, ...], *, fan_in: int) -> jax.Array:
     """Normal numbers that keep the size of what they are multiplied with."""
     return jax.random.normal(key, shape) * fan_in**-0.5
+
+
+def draw_a(key: jax.Array, shape: tuple[int, ...], *, fan_in: int) -> jax.Array:
+    """An adapter's A: uniform within 1/sqrt(inputs), as PEFT draws it."""
+    return jax.random.uniform(key, shape, minval=-(fan_in**-0.5), maxval=fan_in**-0.5)
+
+
+def drop(x: jax.Array, rate: float, draws: Draws) -> jax.Array:
+    """x with a share of its numbers at zero and the others larger for it; as it is where nothing is drawn."""
+    key = draws.next() if rate else None
+    if key is None:
+        return x
+    return jnp.where(jax.random.bernoulli(key, 1 - rate, x.shape), x / (1 - rate), 0)
+
+
+def kept(kernel: jax.Array, axes: tuple[str, ...], *, kind: str, contract: int, lead: int = 0) -> nnx.Param | Quantized:
+    """A kernel as the base is kept: a float leaf, or the leaves of a quantised one."""
+    if kind in quantize.KINDS:
+        return Quantized(kernel, axes, kind=kind, contract=contract, lead=lead)
+    return nnx.Param(kernel.astype(kind), axes=axes)

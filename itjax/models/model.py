@@ -13,18 +13,22 @@ from jax.sharding import PartitionSpec
 
 from itjax.base import tree
 from itjax.base.records import PackedBatch
+from itjax.base.schema import Lora
 from itjax.kernels import attention as attention_kernels
+from itjax.models import lora as adapters
+from itjax.models.config import ModelConfig
 from itjax.models.decoder import Cache, Decoder, empty_cache
-from itjax.models.families import ModelConfig
+from itjax.models.layers import Options
 
 Params = dict[str, Any]  # nested; stacked layers lead with L
 Axes = dict[str, Any]  # the same tree, leaves are PartitionSpecs of logical names
 
+NO_LORA = Lora()
 UNROLLED_ON_CPU = 8  # layers; a loop of 4 small ones takes 1.4 times as long as the same layers written out
 
 
 class Features(NamedTuple):
-    """What the head reads, and sums that a network adds to the loss (none in a dense decoder)."""
+    """What the head reads, and sums over tokens, by name: of experts, see `moe.Mixture`; none in a dense decoder."""
 
     x_BTD: jax.Array
     aux: dict[str, jax.Array]
@@ -38,29 +42,43 @@ class Model:
     abstract: Params  # ShapeDtypeStruct leaves
     axes: Axes
     init: Callable[[jax.Array], Params]
-    features: Callable[[Params, PackedBatch], Features]
+    features: Callable[..., Features]  # (params, batch, key=None); the key is for what is drawn, None: nothing is
     head: Callable[[Params], jax.Array]  # the float32 (V, D) matrix, for losses that never make all logits
     unembed: Callable[[Params, jax.Array], jax.Array]  # x_..D -> float32 logits_..V
     init_cache: Callable[[int, int], Cache]  # (rows, length)
     step: Callable[[Params, Cache, jax.Array], tuple[jax.Array, Cache]]  # next tokens_BT -> last position's logits_BV
 
 
-def build(config: ModelConfig, *, dtype: str, attention: str, remat: str) -> Model:
-    """The decoder of a config: float32 parameters, products in `dtype`. No array is made."""
+def build(
+    config: ModelConfig, *, dtype: str, attention: str, remat: str, lora: Lora = NO_LORA, base: str = "float32"
+) -> Model:
+    """The decoder of a config, products in `dtype`. No array is made.
+
+    Parameters are float32, except that with adapters what stays frozen is kept as `base` says.
+    """
     platform = jax.default_backend()
     implementation = attention_kernels.choose(attention, platform=platform)
+    options = Options(lora, base)
     unroll = config.layers if platform == "cpu" and config.layers <= UNROLLED_ON_CPU else 1
 
     def make(key: jax.Array) -> Decoder:
-        return Decoder(config, dtype=dtype, attention=implementation, remat=remat, unroll=unroll, key=key)
+        return Decoder(
+            config, dtype=dtype, attention=implementation, remat=remat, unroll=unroll, options=options, key=key
+        )
+
+    def drawn(key: jax.Array) -> Params:
+        return adapters.keep(nnx.to_pure_dict(nnx.state(make(key))), lora, base=base)
 
     graph, state = nnx.split(nnx.eval_shape(make, jax.random.key(0)))
 
     def live(params: Params) -> Decoder:
         return nnx.merge(graph, params)
 
-    def features(params: Params, batch: PackedBatch) -> Features:
-        return Features(live(params).features(batch.tokens_BT, batch.positions_BT, batch.segments_BT), {})
+    def features(params: Params, batch: PackedBatch, key: jax.Array | None = None) -> Features:
+        x_BTD, aux = live(params).features(
+            batch.tokens_BT, batch.positions_BT, batch.segments_BT, batch.weights_BT, key if lora.dropout else None
+        )
+        return Features(x_BTD, aux)
 
     def step(params: Params, cache: Cache, tokens_BT: jax.Array) -> tuple[jax.Array, Cache]:
         decoder = live(params)
@@ -69,9 +87,9 @@ def build(config: ModelConfig, *, dtype: str, attention: str, remat: str) -> Mod
 
     return Model(
         config=config,
-        abstract=nnx.to_pure_dict(state),
+        abstract=jax.eval_shape(drawn, jax.random.key(0)),
         axes=_axes(state),
-        init=jax.jit(lambda key: nnx.to_pure_dict(nnx.state(make(key)))),
+        init=jax.jit(drawn),
         features=features,
         head=lambda params: live(params).head_VD(),
         unembed=lambda params, x: live(params).unembed(x),

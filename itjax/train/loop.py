@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +12,12 @@ import jax
 import optax
 from jax.sharding import Mesh
 
-from itjax.base import freeze
+from itjax.base import freeze, tree
 from itjax.base.files import write_whole
 from itjax.base.records import DataPosition, PackedBatch
 from itjax.base.schema import Run
 from itjax.data.loader import Loader
+from itjax.models import lora
 from itjax.models.model import Model, Params, join
 from itjax.objectives.sft import sft
 from itjax.parallel import cluster, layout
@@ -26,6 +27,7 @@ from itjax.train.state import TrainState, abstract, fresh, state_axes
 from itjax.train.step import Metrics, make_train_step
 from itjax.train.watch import Facts, Watch
 
+Weights = Callable[[Params], Params]  # shapes with shardings -> the published parameters there
 Evaluator = Callable[[int, Params], list[dict[str, Any]]]  # (step, parameters) -> lines of metrics.jsonl
 
 
@@ -40,38 +42,84 @@ class Compiled:
     step: Callable[[TrainState, PackedBatch], tuple[TrainState, Metrics]]
     tx: optax.GradientTransformation
     abstract: TrainState  # ShapeDtypeStructs with shardings
-    shardings: TrainState
+    moves: Params  # the tree of parameters with True where the optimizer moves them
 
 
 def compile_step(run: Run, model: Model, mesh: Mesh, *, num_steps: int) -> Compiled:
     """The jitted train step: state donated, every array where the rules table puts it."""
     tx = optimizer.adamw(run.optimizer)
-    shapes = abstract(model, tx)
-    shardings = layout.shardings(state_axes(model.axes, model.abstract, tx, {}), mesh, shapes)
+    moves = lora.moving(model.abstract, run.lora)
+    shapes, still = lora.split(model.abstract, moves)
+    axes, still_axes = lora.split(model.axes, moves)
+    state = abstract(shapes, still, tx)
+    shardings = layout.shardings(state_axes(axes, shapes, tx, still_axes), mesh, state)
     step = make_train_step(
-        sft(model, z_loss=run.loss.z_loss, chunk=run.loss.chunk),
+        sft(model, loss=run.loss),
         tx,
         learning_rate=optimizer.learning_rate(run.optimizer, num_steps=num_steps),
         accumulate=run.accumulate,
+        seed=run.seed if run.lora.dropout else None,
     )
     jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
-    placed = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
-    return Compiled(jitted, tx, placed, shardings)
+    placed = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, shardings)
+    return Compiled(jitted, tx, placed, moves)
 
 
 def begin(
-    run: Run, model: Model, compiled: Compiled, saved: Checkpoints, loader: Loader
+    run: Run, model: Model, compiled: Compiled, saved: Checkpoints, loader: Loader, weights: Weights | None
 ) -> tuple[TrainState, DataPosition]:
-    """Resumes from the newest checkpoint if there is one, else draws parameters from the seed."""
+    """Resumes from the newest checkpoint if there is one, else begins with published weights or numbers from the seed.
+
+    What is frozen is in no checkpoint: it is read or drawn again.
+    """
     latest = saved.latest()
     if latest is None:
-        draw = jax.jit(lambda key: fresh(model.init(key), {}, compiled.tx), out_shardings=compiled.shardings)
-        return draw(jax.random.key(run.seed)), loader.get_state()
-    state, position = saved.restore(latest, compiled.abstract)
+        return first(run, model, compiled, weights), loader.get_state()
+    frozen = first_frozen(run, model, compiled, weights) if compiled.abstract.frozen else {}
+    state, position = saved.restore(latest, dataclasses.replace(compiled.abstract, frozen={}))
     if run.allow_change:
         position = dataclasses.replace(position, plan=loader.plan_at(position.step))
     loader.set_state(position)
-    return state, position
+    return dataclasses.replace(state, frozen=frozen), position
+
+
+def first(run: Run, model: Model, compiled: Compiled, weights: Weights | None) -> TrainState:
+    """The state before the first step."""
+    params, frozen = lora.split(first_parameters(run, model, compiled, weights), compiled.moves)
+    shardings = jax.tree.map(lambda x: x.sharding, compiled.abstract)
+    start = jax.jit(
+        lambda params: fresh(params, {}, compiled.tx),
+        out_shardings=dataclasses.replace(shardings, frozen={}),
+        donate_argnums=0,
+    )
+    return dataclasses.replace(start(params), frozen=frozen)
+
+
+def first_frozen(run: Run, model: Model, compiled: Compiled, weights: Weights | None) -> Params:
+    """What no step changes, as it was at the start."""
+    return lora.split(first_parameters(run, model, compiled, weights), compiled.moves)[1]
+
+
+def first_parameters(run: Run, model: Model, compiled: Compiled, weights: Weights | None) -> Params:
+    """Every parameter where it belongs on the mesh: those of the folder, with adapters from the seed, or all from the seed."""
+    like = join(compiled.abstract.params, compiled.abstract.frozen)
+
+    def draw(names: Collection[str]) -> Params:
+        wanted = {path: leaf for path, leaf in tree.flatten(like).items() if path in names}
+        shardings = tree.unflatten({path: leaf.sharding for path, leaf in wanted.items()})
+
+        def some(key: jax.Array) -> Params:
+            drawn = tree.flatten(model.init(key))
+            return tree.unflatten({path: drawn[path] for path in wanted})
+
+        return jax.jit(some, out_shardings=shardings)(jax.random.key(run.seed))
+
+    flat = tree.flatten(like)
+    if weights is None:
+        return draw(flat)
+    adapters = [path for path in flat if lora.is_adapter(path)]
+    published = tree.unflatten({path: leaf for path, leaf in flat.items() if path not in adapters})
+    return lora.begin(join(weights(published), draw(adapters)), run.lora)
 
 
 def train(
@@ -80,6 +128,7 @@ def train(
     model: Model,
     mesh: Mesh,
     loader: Loader,
+    weights: Weights | None,
     evaluators: Sequence[Evaluator],
     flops: Callable[[int], float],
     data_manifest: Mapping[str, Any],
@@ -87,6 +136,7 @@ def train(
 ) -> TrainState:
     """Trains until the last step and returns the final state. Call inside `jax.set_mesh(mesh)`.
 
+    `weights` reads the published parameters that training begins with; None: they are drawn from the seed.
     `data_manifest` says what the run is trained on and goes into every checkpoint.
 
     Raises Stopped after SIGTERM, once a checkpoint of the current step is committed; Aborted on a loss that stays
@@ -96,7 +146,7 @@ def train(
     num_steps = loader.num_steps
     compiled = compile_step(run, model, mesh, num_steps=num_steps)
     saved = Checkpoints(run_dir / "checkpoints", run.checkpoint)
-    state, position = begin(run, model, compiled, saved, loader)
+    state, position = begin(run, model, compiled, saved, loader, weights)
     start = position.step
     watch = Watch(
         run_dir,
@@ -123,7 +173,7 @@ def train(
                 watch.scores(number, _scores(evaluators, number, state))
             if is_last or stop.is_set or number % run.checkpoint.every == 0:
                 watch.flush()  # the lines up to a checkpoint are on disk before the checkpoint is
-                saved.save(state, loader.get_state(), config, data_manifest)
+                saved.save(dataclasses.replace(state, frozen={}), loader.get_state(), config, data_manifest)
             if stop.is_set:
                 saved.wait()
                 watch.say(f"SIGTERM: step {number} is saved; the same command goes on from there")

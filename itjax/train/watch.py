@@ -110,6 +110,9 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+OF_EXPERTS = ("router_balance", "router_z", "expert_load", "dropped")  # metrics that only a mixture of experts has
+
+
 class Watch:
     """Notes every step and every evaluation of one run, on the process that writes."""
 
@@ -174,6 +177,7 @@ class Watch:
             "epoch": facts.epoch,
             "skipped": bool(numbers["skipped"]),
             "example_ids": facts.example_ids,
+            **{name: numbers[name] for name in OF_EXPERTS if name in numbers},
         }
 
     def _write(self, entry: dict[str, Any]) -> None:

@@ -14,6 +14,7 @@ import pytest
 
 from itjax.base import tree
 from itjax.base.records import PackedBatch
+from itjax.base.schema import Loss
 from itjax.models.model import Model, join
 from itjax.objectives.sft import sft
 from tests import fakes
@@ -26,7 +27,7 @@ APART = fakes.packed([[one] for one in EXAMPLES], length=12)
 def sums_and_grads(model: Model, *batches: PackedBatch, chunk: int = 16, z_loss: float = 0.0, num_sources: int = 0):
     """Sums and gradient of batches of one shape, added up."""
     params = fakes.tiny_params(model.config)
-    loss_fn = sft(model, z_loss=z_loss, chunk=chunk, num_sources=num_sources)
+    loss_fn = sft(model, loss=Loss(z_loss=z_loss, chunk=chunk), num_sources=num_sources)
 
     def total(params, batch):
         sums = loss_fn(params, {}, batch)
@@ -128,7 +129,7 @@ def test_adapters_and_their_base_are_joined():
     moving = {"final_norm": params["final_norm"]}
     frozen = {name: part for name, part in params.items() if name != "final_norm"}
     assert jax.tree.structure(join(moving, frozen)) == jax.tree.structure(params)
-    whole, split = (sft(model, z_loss=0.0, chunk=16)(*parts, PACKED).loss for parts in ((params, {}), (moving, frozen)))
+    whole, split = (sft(model, loss=Loss(chunk=16))(*parts, PACKED).loss for parts in ((params, {}), (moving, frozen)))
     assert float(whole) == float(split)
 
 
@@ -137,7 +138,7 @@ def test_logits_of_all_positions_never_exist():
     config = dataclasses.replace(fakes.TINY, vocab=vocab)
     model = fakes.tiny_model(config)
     batch = fakes.packed([[fakes.example(row, length=length, vocab=vocab)] for row in range(rows)], length=length)
-    loss_fn = sft(model, z_loss=0.0, chunk=chunk)
+    loss_fn = sft(model, loss=Loss(chunk=chunk))
     step = jax.jit(jax.grad(lambda params, batch: loss_fn(params, {}, batch).loss))
     sizes = _array_sizes(step.lower(model.abstract, batch).compile().as_text())
     plain = jax.jit(jax.grad(lambda params, batch: model.unembed(params, model.features(params, batch).x_BTD).sum()))
@@ -154,6 +155,7 @@ MESHES = """
 import dataclasses, jax, numpy as np
 from jax.sharding import AxisType, Mesh
 from itjax.base import tree
+from itjax.base.schema import Loss
 from itjax.objectives.sft import sft
 from itjax.parallel import layout
 from tests import fakes
@@ -165,7 +167,7 @@ for shape, remat in [((1, 1, 1), "none"), ((2, 2, 2), "none"), ((1, 4, 2), "full
     devices = np.array(jax.devices()[: int(np.prod(shape))]).reshape(shape)
     mesh = Mesh(devices, ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
     model = fakes.tiny_model(config, remat=remat)
-    loss_fn = sft(model, z_loss=1e-3, chunk=16)
+    loss_fn = sft(model, loss=Loss(z_loss=1e-3, chunk=16))
     with jax.set_mesh(mesh):
         placed = layout.shardings(model.axes, mesh, model.abstract)
         step = jax.jit(jax.value_and_grad(lambda p, b: loss_fn(p, {}, b).loss), out_shardings=(None, placed))
