@@ -44,8 +44,8 @@ class Groups(NamedTuple):
         """Every row times the matrix of its expert. Rows of no expert come last and are zeros."""
         if self.sizes_E is not None:
             return grouped.product(x_MI, kernel_EIO, self.sizes_E)
-        E, I, O = kernel_EIO.shape
-        return jnp.einsum("ESI,EIO->ESO", x_MI.reshape(E, -1, I), kernel_EIO).reshape(-1, O)
+        x_ESI = x_MI.reshape(len(kernel_EIO), -1, x_MI.shape[1])
+        return jnp.einsum("ESI,EIO->ESO", x_ESI, kernel_EIO).reshape(len(x_MI), -1)
 
 
 FeedForward = Callable[[jax.Array, Groups], jax.Array]  # x_MD of the experts that a device has -> y_MD
@@ -146,9 +146,7 @@ def _here(
     return _combined(y_MD, pair_M, row_P, experts_P < number, routes, like=x_BTD)
 
 
-def _there(
-    x_BTD: jax.Array, routes: Routes, feed_forward: FeedForward, *, number: int, capacity: int
-) -> jax.Array:
+def _there(x_BTD: jax.Array, routes: Routes, feed_forward: FeedForward, *, number: int, capacity: int) -> jax.Array:
     """What all experts say: tokens go to the device of each, to `capacity` places that every row has there."""
     (B, _, D), C = x_BTD.shape, routes.experts_BTC.shape[-1]
     assert routes.slots_BTC is not None

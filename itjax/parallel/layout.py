@@ -4,7 +4,7 @@ A parameter carries its names beside it, an activation says them in `pin`; nothi
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -17,7 +17,7 @@ Rules = Mapping[str, tuple[str, ...]]
 
 # Logical name -> mesh axes, outermost first. A name with no axes is whole on every device.
 RULES: Rules = {
-    "batch": ("data", "fsdp"),
+    "batch": ("data", "fsdp", "expert"),
     "length": (),
     "layers": (),
     "embed": ("fsdp",),
@@ -25,6 +25,8 @@ RULES: Rules = {
     "kv_heads": ("tensor",),
     "head_size": (),
     "ffn": ("tensor",),
+    "experts": ("expert",),
+    "routes": (),  # experts, where a router tells all of them apart
     "vocab": ("tensor",),
     "rank": (),
 }
@@ -77,7 +79,48 @@ def pin(x: jax.Array, *names: str | None) -> jax.Array:
 def ways(name: str, extent: int) -> int:
     """Into how many parts the mesh in scope splits a dimension of this name and extent."""
     sizes = scope()
-    return math.prod(sizes[axis] for axis in _splitters((name,), (extent,), sizes, RULES)[0])
+    return math.prod(sizes[axis] for axis in split((name,), (extent,))[0])
+
+
+def split(names: Sequence[str | None], shape: Sequence[int]) -> list[tuple[str, ...]]:
+    """The axes of the mesh in scope that split each dimension of an array."""
+    return _splitters(names, shape, scope(), RULES)
+
+
+def per_device(function: Callable[..., jax.Array], *arrays: Any, names: Sequence[Any]) -> jax.Array:
+    """`function` of the part of each array that a device holds; the result is laid out like the first array.
+
+    `names` has a tree for every tree of arrays, with PartitionSpecs of logical names. What the function is given varies over
+    all axes of the mesh, so it adds up over the axes that do not split its result. Without a mesh: a plain call.
+    """
+    sizes = scope()
+    if math.prod(sizes.values()) == 1:
+        return function(*arrays)
+
+    def part(x: jax.Array, logical: PartitionSpec) -> PartitionSpec:
+        return spec(tuple(logical), x.shape, sizes, RULES)
+
+    def varied(x: jax.Array) -> jax.Array:
+        missing = tuple(axis for axis in sizes if axis not in jax.typeof(x).manual_axis_type.varying)
+        return jax.lax.pcast(x, missing, to="varying")
+
+    def local(*parts: Any) -> jax.Array:
+        return function(*jax.tree.map(varied, parts))
+
+    specs = tuple(jax.tree.map(part, tree, logical) for tree, logical in zip(arrays, names, strict=True))
+    return jax.shard_map(local, in_specs=specs, out_specs=specs[0])(*arrays)
+
+
+def gather(parts: Any, names: Any, shapes: Any, *, keep: Sequence[str]) -> Any:
+    """In `per_device`: arrays of these whole `shapes`, put together over what splits dimensions of names other than `keep`."""
+
+    def whole(x: jax.Array, logical: PartitionSpec, shape: Sequence[int]) -> jax.Array:
+        for dimension, axes in enumerate(split(tuple(logical), shape)):
+            if axes and logical[dimension] not in keep:
+                x = jax.lax.all_gather(x, axes, axis=dimension, tiled=True)
+        return x
+
+    return jax.tree.map(whole, parts, names, shapes)
 
 
 def shardings(axes: Any, mesh: Mesh, shapes: Any) -> Any:
@@ -98,7 +141,7 @@ def batch_sharding(mesh: Mesh, rows: int) -> NamedSharding:
 
 def batch_copies(mesh: Mesh, rows: int) -> int:
     """How many devices along the batch axes compute the same rows, because the axes do not divide them; 1 is none."""
-    shards = math.prod(mesh.shape[axis] for axis in RULES["batch"])
+    shards = math.prod(mesh.shape.get(axis, 1) for axis in RULES["batch"])
     return shards // (rows // batch_sharding(mesh, rows).shard_shape((rows,))[0])
 
 

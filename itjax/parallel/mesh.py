@@ -1,4 +1,7 @@
-"""Sizes of axes to a mesh of devices: `data` copies, `fsdp` shards parameters and rows, `tensor` shards inside layers."""
+"""Sizes of axes to a mesh of devices: each axis splits something else.
+
+`data` splits rows, `fsdp` splits rows and parameters, `expert` splits rows and experts, `tensor` splits inside layers.
+"""
 
 import math
 from collections.abc import Sequence
@@ -9,7 +12,7 @@ from jax.sharding import AxisType, Mesh
 
 from itjax.base.schema import Parallel
 
-AXES = ("data", "fsdp", "tensor")
+AXES = ("data", "fsdp", "expert", "tensor")
 
 
 def sizes(parallel: Parallel, num_devices: int) -> dict[str, int]:
