@@ -98,12 +98,13 @@ class Folder:
         of the others. None: as many as the folder's.
         """
         known = min(self.tokenizer.size, self.config.vocab) if num_ids is not None else self.config.vocab
+        present = tensors.of_folder(self.path).keys()
         return weights.load(
             self.path,
-            names.entries(self.config),
+            names.entries(self.config, present),
             like,
             ids=(known, max(known, num_ids or 0)),
-            ignored=names.IGNORED,
+            repeats=names.duplicates(self.config, present),
             convert=convert,
             kept=kept,
         )

@@ -24,12 +24,14 @@ FLOATS = {  # what is read and written
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
+READ = {**FLOATS, "U8": np.dtype(np.uint8)}  # and what four-bit numbers are packed in
 CODES = {dtype: code for code, dtype in FLOATS.items()}
 WIDTHS = {  # bytes of an element, of every dtype whose extent can be checked
     **{code: dtype.itemsize for code, dtype in FLOATS.items()},
     "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "F8_E4M3FNUZ": 1, "F8_E5M2FNUZ": 1, "BOOL": 1, "U8": 1, "I8": 1,
     "U16": 2, "I16": 2, "U32": 4, "I32": 4, "U64": 8, "I64": 8, "C64": 8,
 }  # fmt: skip
+CLOSE = 2  # stride up to which numbers are read together with what lies between them: gate and up that alternate
 LONGEST_HEADER = 100_000_000  # bytes, the limit of the format
 PREFIX = 8  # bytes that hold the length of the header
 METADATA = "__metadata__"
@@ -73,7 +75,7 @@ class Box:
                 merged[0] = (count * inner_count, inner_stride)
             elif count > 1:
                 merged.insert(0, (count, stride))
-        return merged[:-1], merged[-1]
+        return (merged, (1, 1)) if merged[-1][1] > CLOSE else (merged[:-1], merged[-1])
 
 
 class Reader:
@@ -93,7 +95,7 @@ class Reader:
 
     def read(self, tensor: Tensor, box: Box) -> np.ndarray:
         """The box, in the order of the file and the dtype of the file."""
-        dtype = FLOATS[tensor.dtype]
+        dtype = READ[tensor.dtype]
         dimensions, (count, stride) = box.runs()
         stops = np.zeros(1, np.int64)
         for size, step in dimensions:

@@ -15,7 +15,6 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +27,8 @@ from jax.sharding import PartitionSpec as P
 from itjax.base import tree
 from itjax.base.files import write_whole
 from itjax.hub import tensors
-from itjax.hub.names import Entry
+from itjax.hub.mxfp4 import mxfp4
+from itjax.hub.names import Entry, is_left_out
 from itjax.hub.tensors import Box, Reader, Tensor
 from itjax.parallel import cluster
 
@@ -39,7 +39,7 @@ Convert = Callable[[str, jax.Array], Mapping[str, jax.Array]]  # path, one layer
 
 EMBEDDING, HEAD = "embed/kernel", "head/kernel"
 TABLES = (EMBEDDING, HEAD)  # a row for each id
-HEAD_NAME = "lm_head.weight"  # what a folder calls a head, which one with tied embeddings may repeat
+PACKED = 32  # numbers that share a scale
 SHARD_BYTES = 5_000_000_000
 MOST_FAULTS = 50  # lines of an error
 COMPARED_ROWS = 1024  # of a head and an embedding at a time
@@ -50,10 +50,11 @@ class Lie:
     """How one leaf of ours lies in tensors of theirs."""
 
     entry: Entry
-    lead: tuple[int, ...]  # our first dimensions, which have a tensor for each index: (L,), (L, E) or ()
+    lead: tuple[int, ...]  # our first dimensions, layers and experts, which are read and written one by one
     shape: tuple[int, ...]  # our other dimensions
     strides: tuple[int, ...]  # of those, in elements of a tensor of theirs
     start: int
+    expert: int  # elements from one expert to the next within a tensor; 0 where each has its own
     theirs: tuple[int, ...]  # the shape of a tensor of theirs
 
     @property
@@ -63,15 +64,15 @@ class Lie:
 
     def name(self, at: Sequence[int]) -> str:
         """The tensor of an index of the leading dimensions."""
-        fields = [field for field in ("layer", "expert") if f"{{{field}}}" in self.entry.name]
-        return self.entry.name.format(**dict(zip(fields, at, strict=True)))
+        return self.entry.name.format(layer=at[0] if at else None, expert=at[-1] if at else None)
 
     def names(self) -> Iterator[str]:
-        return map(self.name, itertools.product(*map(range, self.lead)))
+        return iter(dict.fromkeys(map(self.name, itertools.product(*map(range, self.lead)))))
 
-    def box(self, starts: Sequence[int], counts: Sequence[int]) -> Box:
+    def box(self, at: Sequence[int], starts: Sequence[int], counts: Sequence[int]) -> Box:
         """A part of our other dimensions, as the file has it."""
         start = self.start + sum(first * stride for first, stride in zip(starts, self.strides, strict=True))
+        start += self.expert * at[-1] if self.expert else 0
         return Box(start, tuple(counts[n] for n in self.order), tuple(self.strides[n] for n in self.order))
 
 
@@ -84,33 +85,40 @@ def lies(entries: Sequence[Entry], shapes: Mapping[str, tuple[int, ...]]) -> dic
 
 
 def _parts(entry: Entry, shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-    """Our shape in its leading dimensions, (experts within a tensor and) inputs, and outputs."""
-    num_lead = sum(field in entry.name for field in ("{layer}", "{expert}"))
-    num_whole = int(entry.experts and "{expert}" not in entry.name)
-    border = num_lead + num_whole + entry.contract
+    """Our shape in its layers and experts, inputs, and outputs."""
+    num_lead = ("{layer}" in entry.name) + entry.experts
+    border = num_lead + entry.contract
     return shape[:num_lead], shape[num_lead:border], shape[border:]
 
 
 def _lie(entry: Entry, shape: tuple[int, ...], num_outputs: int) -> Lie:
-    lead, before, outputs = _parts(entry, shape)
-    experts, inputs = before[: len(before) - entry.contract], before[len(before) - entry.contract :]
+    lead, inputs, outputs = _parts(entry, shape)
     num_inputs = math.prod(inputs)
-    rows: tuple[int, ...]
     part = range(num_outputs)[entry.part] if entry.part is not None else range(num_outputs)
     assert len(part) == math.prod(outputs), (entry, shape, num_outputs)
-    if entry.contract and entry.flip:
-        rows, output_step, input_step = (num_outputs, num_inputs), num_inputs, 1
-    elif entry.contract:
-        rows, output_step, input_step = (num_inputs, num_outputs), 1, num_outputs
+    theirs: tuple[int, ...]
+    if entry.path in TABLES:
+        theirs, output_step, input_step = outputs, 1, 0
+    elif not entry.contract:
+        theirs, output_step, input_step = (num_outputs,), 1, 0
+    elif entry.flip:
+        theirs, output_step, input_step = (num_outputs, num_inputs), num_inputs, 1
     else:
-        rows, output_step, input_step = (num_outputs,), 1, 0
-    inner = outputs if entry.path in TABLES else rows
+        theirs, output_step, input_step = (num_inputs, num_outputs), 1, num_outputs
     strides = (
-        *(stride * math.prod(inner) for stride in _row_major(experts)),
         *(stride * input_step for stride in _row_major(inputs)),
         *(stride * output_step * part.step for stride in _row_major(outputs)),
     )
-    return Lie(entry, lead, (*before, *outputs), strides, part.start * output_step, (*experts, *inner))
+    within = entry.experts and "{expert}" not in entry.name
+    return Lie(
+        entry,
+        lead,
+        (*inputs, *outputs),
+        strides,
+        start=part.start * output_step,
+        expert=math.prod(theirs) if within else 0,
+        theirs=(lead[-1], *theirs) if within else theirs,
+    )
 
 
 def _row_major(shape: Sequence[int]) -> tuple[int, ...]:
@@ -126,7 +134,7 @@ def load(
     like: "Params",
     *,
     ids: tuple[int, int] | None = None,
-    ignored: Sequence[str] = (),
+    repeats: Sequence[Entry] = (),
     convert: Convert | None = None,
     kept: "Params | None" = None,
     reader: Reader | None = None,
@@ -134,7 +142,8 @@ def load(
     """The parameters of a folder, with the shapes, dtypes and shardings of `like`: ShapeDtypeStructs, one for each entry.
 
     Every process calls this, and reads what its own devices keep. All tensors are compared with `like` before any is
-    read; `ignored` are patterns of names that may be there and are of no use.
+    read. `repeats` are tensors that may be there and have to be what another is: the head of a model with tied
+    embeddings.
 
     `ids` is (how many ids the folder's tokenizer has, how many the run's has). The embedding and the head may have more
     rows than the folder: those of new ids become the mean of the folder's ids, and rows of no id that the folder lacks
@@ -147,12 +156,13 @@ def load(
     leaves = {path: _located(leaf) for path, leaf in tree.flatten(like).items()}
     assert leaves.keys() == {entry.path for entry in entries}, leaves.keys() ^ {entry.path for entry in entries}
     found = tensors.of_folder(place)
-    lay = check(place, entries, {path: leaf.shape for path, leaf in leaves.items()}, found, ignored=ignored)
+    lay = check(place, entries, {path: leaf.shape for path, leaf in leaves.items()}, found, repeats=repeats)
     keeps = {path: _located(leaf) for path, leaf in tree.flatten(leaves if kept is None else kept).items()}
     params: dict[str, jax.Array] = {}
     with reader or Reader() as opened:
-        if HEAD not in leaves and HEAD_NAME in found:
-            _check_tied(place, found[HEAD_NAME], found[lay[EMBEDDING].name(())], opened)
+        for entry in repeats:
+            if entry.name in found:
+                _check_tied(place, found[entry.name], found[lay[entry.path].name(())], opened)
         for path, leaf in leaves.items():
             if path in keeps:
                 whole = _fill(keeps[path], lay[path], found, opened)
@@ -182,20 +192,21 @@ def check(
     shapes: Mapping[str, tuple[int, ...]],
     found: Mapping[str, Tensor],
     *,
-    ignored: Sequence[str] = (),
+    repeats: Sequence[Entry] = (),
 ) -> dict[str, Lie]:
     """How our leaves lie in the folder's tensors. Raises one ValueError that lists every tensor that does not fit."""
     lay = lies(entries, shapes)
     faults: dict[str, str] = {}
-    wanted: set[str] = set()
-    for path, lie in lay.items():
+    wanted: dict[str, tuple[Entry, tuple[int, ...], tuple[str, ...]]] = {}
+    for lie in lay.values():
         for name in lie.names():
-            wanted.add(name)
-            if fault := _fault(path, lie, found.get(name)):
-                faults[name] = fault
-    for name in sorted(found.keys() - wanted):
-        repeats = HEAD not in shapes and name == HEAD_NAME and found[name].dtype in tensors.FLOATS
-        if not repeats and not any(fnmatchcase(name, pattern) for pattern in ignored):
+            wanted |= {full: (lie.entry, shape, dtypes) for full, shape, dtypes in _expected(name, lie)}
+    wanted |= {entry.name: (entry, (), tuple(tensors.FLOATS)) for entry in repeats if entry.name in found}
+    for name, (entry, shape, dtypes) in wanted.items():
+        if fault := _fault(entry, shape, dtypes, found.get(name)):
+            faults[name] = fault
+    for name in sorted(found.keys() - wanted.keys()):
+        if not is_left_out(name):
             faults[name] = f"have {_words(found[name])}, and the model has no such parameter"
     if faults:
         listed = [f"  {folder.name}: {name}: {fault}" for name, fault in faults.items()]
@@ -207,17 +218,24 @@ def check(
     return lay
 
 
-def _fault(path: str, lie: Lie, tensor: Tensor | None) -> str:
+def _expected(name: str, lie: Lie) -> list[tuple[str, tuple[int, ...], tuple[str, ...]]]:
+    """Name, shape and dtypes of the tensors, mostly one, that hold what the entry calls by this name."""
+    if not lie.entry.packed:
+        return [(name, lie.theirs, tuple(tensors.FLOATS))]
+    groups = (*lie.theirs[:-1], lie.theirs[-1] // PACKED)
+    return [(f"{name}_blocks", (*groups, PACKED // 2), ("U8",)), (f"{name}_scales", groups, ("U8",))]
+
+
+def _fault(entry: Entry, shape: tuple[int, ...], dtypes: tuple[str, ...], tensor: Tensor | None) -> str:
     """What is wrong with a tensor; nothing where it fits."""
     if tensor is None:
-        return f"have none, want {list(lie.theirs)}"
-    if tensor.dtype not in tensors.FLOATS:
-        return f"have {_words(tensor)}, want one of {', '.join(tensors.FLOATS)}; quantised weights are not read"
-    if path in TABLES and tensor.shape[1:] == lie.theirs[1:] and 0 < tensor.shape[0] <= lie.theirs[0]:
-        return ""
-    if tensor.shape != lie.theirs:
-        return f"have {_words(tensor)}, want {list(lie.theirs)}"
-    return ""
+        return f"have none, want {list(shape)}"
+    if tensor.dtype not in dtypes:
+        return f"have {_words(tensor)}, want one of {', '.join(dtypes)}; other numbers are not read"
+    fewer_rows = (
+        entry.path in TABLES and tensor.shape[1:] == shape[1:] and 0 < tensor.shape[0] <= shape[0] if shape else True
+    )
+    return "" if tensor.shape == shape or fewer_rows else f"have {_words(tensor)}, want {list(shape)}"
 
 
 def _words(tensor: Tensor) -> str:
@@ -262,8 +280,8 @@ def _fill(
 
         def read(box: Sequence[tuple[int, int]], at: tuple[int, ...] = at) -> np.ndarray:
             chosen = (group[0] * count + number for group, count, number in zip(box, own, at, strict=False))
-            tensor = found[lie.name((*fixed, *chosen))]
-            return _read(tensor, lie, box[len(lead) :], reader).reshape(*(1,) * len(lead), *_counts(box[len(lead) :]))
+            values = _read((*fixed, *chosen), box[len(lead) :], lie, found, reader)
+            return values.reshape(*(1,) * len(lead), *values.shape)
 
         piece = _assembled(shape, sharding, read)
         whole = _write(whole, piece, np.array(at, np.int32), order=lie.order)
@@ -275,25 +293,35 @@ def _entries(sharding: NamedSharding, shape: Sequence[int]) -> tuple[Any, ...]:
     return (*sharding.spec, *(None,) * (len(shape) - len(sharding.spec)))
 
 
-def _counts(box: Sequence[tuple[int, int]]) -> tuple[int, ...]:
-    return tuple(stop - start for start, stop in box)
-
-
-def _read(tensor: Tensor, lie: Lie, box: Sequence[tuple[int, int]], reader: Reader) -> np.ndarray:
-    """A box of our other dimensions in the order of the file; rows that the file lacks are 0."""
-    ours = [box[lie.order.index(n)] for n in range(len(lie.shape))]
+def _read(
+    at: tuple[int, ...], part: Sequence[tuple[int, int]], lie: Lie, found: Mapping[str, Tensor], reader: Reader
+) -> np.ndarray:
+    """Of one layer and expert, a box of our other dimensions in the order of the file; rows that the file lacks are 0."""
+    ours = [part[lie.order.index(n)] for n in range(len(lie.shape))]
+    name, starts, counts = lie.name(at), [start for start, _ in ours], [stop - start for start, stop in ours]
+    if lie.entry.packed:
+        return _unpacked(found[f"{name}_blocks"], found[f"{name}_scales"], lie.box(at, starts, counts), lie, reader)
     if lie.entry.path not in TABLES:
-        return _narrowed(reader.read(tensor, lie.box([start for start, _ in ours], _counts(ours))))
-    (first, stop), columns = ours
-    there = max(0, min(stop, tensor.shape[0]) - first)
-    values = np.zeros(_counts(ours), tensors.FLOATS[tensor.dtype]) if there < stop - first else None
-    rows = reader.read(tensor, lie.box((first, columns[0]), (there, _counts(ours)[1]))) if there else None
-    if values is None:
-        assert rows is not None
-        return _narrowed(rows)
-    if rows is not None:
-        values[:there] = rows
+        return _narrowed(reader.read(found[name], lie.box(at, starts, counts)))
+    there = min(counts[0], max(0, found[name].shape[0] - starts[0]))
+    if there == counts[0]:
+        return _narrowed(reader.read(found[name], lie.box(at, starts, counts)))
+    values = np.zeros(counts, tensors.FLOATS[found[name].dtype])
+    if there:
+        values[:there] = reader.read(found[name], lie.box(at, starts, (there, counts[1])))
     return _narrowed(values)
+
+
+def _unpacked(blocks: Tensor, scales: Tensor, box: Box, lie: Lie, reader: Reader) -> np.ndarray:
+    """A box of a tensor that is packed in four bits along its rows: whole groups are read, and cut."""
+    first = box.start % lie.theirs[-1] % PACKED
+    count = -(-(first + box.counts[-1]) // PACKED)  # groups
+    outer, start = box.counts[:-1], box.start - first
+    groups = Box(start // PACKED, (*outer, count), (*(stride // PACKED for stride in box.strides[:-1]), 1))
+    half = PACKED // 2  # bytes of a group
+    bytes_ = Box(start // 2, (*outer, count, half), (*(stride // 2 for stride in box.strides[:-1]), half, 1))
+    values = mxfp4(reader.read(blocks, bytes_), reader.read(scales, groups))
+    return values[..., first : first + box.counts[-1]]
 
 
 def _narrowed(values: np.ndarray) -> np.ndarray:
@@ -489,9 +517,10 @@ def _gathered(
     theirs = parts[0][0].theirs
     if len(parts) == 1:
         return _piece(*parts[0], leaves, dtype).reshape(theirs)
+    assert sum(math.prod(lie.shape) for lie, _ in parts) == math.prod(theirs), parts[0][0].entry
     whole = np.empty(math.prod(theirs), dtype)
     for lie, at in parts:
-        box = lie.box((0,) * len(lie.shape), lie.shape)
+        box = lie.box(at, (0,) * len(lie.shape), lie.shape)
         strides = tuple(stride * dtype.itemsize for stride in box.strides)
         np.lib.stride_tricks.as_strided(whole[box.start :], box.counts, strides)[...] = _piece(lie, at, leaves, dtype)
     return whole.reshape(theirs)
