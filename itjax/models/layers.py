@@ -21,6 +21,7 @@ class Options:
 
     lora: Lora = field(default_factory=Lora)  # rank 0: nothing is added
     base: str = "float32"  # "float32", "bfloat16", "int8" or "nf4"
+    capacity_factor: float | None = None  # what an expert takes at most, see `moe.Mixture`; None: all that comes
 
 
 class Draws:
