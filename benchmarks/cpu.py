@@ -66,7 +66,7 @@ def train_step(config: ModelConfig) -> Callable[[PackedBatch], None]:
     """The step that training runs, with its own state."""
     model = build(config, dtype="float32", attention="auto", remat="none")
     settings = Optimizer(learning_rate=1e-3)
-    tx = optimizer.adamw(settings)
+    tx = optimizer.make(settings)
     step = jax.jit(
         make_train_step(
             sft(model, loss=Loss(chunk=512)),

@@ -23,7 +23,7 @@ from itjax.objectives.sft import sft
 from itjax.parallel import cluster, layout
 from itjax.train import optimizer
 from itjax.train.checkpoint import Checkpoints
-from itjax.train.state import TrainState, abstract, fresh, state_axes
+from itjax.train.state import TrainState, abstract, evaluated, fresh, state_axes
 from itjax.train.step import Metrics, make_train_step
 from itjax.train.watch import Facts, Watch
 
@@ -47,18 +47,20 @@ class Compiled:
 
 def compile_step(run: Run, model: Model, mesh: Mesh, *, num_steps: int) -> Compiled:
     """The jitted train step: state donated, every array where the rules table puts it."""
-    tx = optimizer.adamw(run.optimizer)
+    tx = optimizer.make(run.optimizer, seed=run.seed)
     moves = lora.moving(model.abstract, run.lora)
     shapes, still = lora.split(model.abstract, moves)
     axes, still_axes = lora.split(model.axes, moves)
-    state = abstract(shapes, still, tx)
-    shardings = layout.shardings(state_axes(axes, shapes, tx, still_axes), mesh, state)
+    state = abstract(shapes, still, tx, average=run.optimizer.average)
+    shardings = layout.shardings(state_axes(axes, shapes, tx, still_axes, average=run.optimizer.average), mesh, state)
+    multiplier = run.lora.learning_rate_multiplier if run.lora.rank else 1.0
     step = make_train_step(
         sft(model, loss=run.loss),
         tx,
-        learning_rate=optimizer.learning_rate(run.optimizer, num_steps=num_steps),
+        learning_rate=optimizer.learning_rate(run.optimizer, num_steps=num_steps, multiplier=multiplier),
         accumulate=run.accumulate,
         seed=run.seed if run.lora.dropout else None,
+        average=run.optimizer.average,
     )
     jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
     placed = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, shardings)
@@ -88,7 +90,7 @@ def first(run: Run, model: Model, compiled: Compiled, weights: Weights | None) -
     params, frozen = lora.split(first_parameters(run, model, compiled, weights), compiled.moves)
     shardings = jax.tree.map(lambda x: x.sharding, compiled.abstract)
     start = jax.jit(
-        lambda params: fresh(params, {}, compiled.tx),
+        lambda params: fresh(params, {}, compiled.tx, average=run.optimizer.average),
         out_shardings=dataclasses.replace(shardings, frozen={}),
         donate_argnums=0,
     )
@@ -162,7 +164,7 @@ def train(
     config = dataclasses.asdict(run)
     with contextlib.closing(watch), contextlib.closing(saved), contextlib.closing(loader), _sigterm() as stop:
         if start == 0 and evaluators:
-            watch.scores(0, _scores(evaluators, 0, state))
+            watch.scores(0, _scores(run, evaluators, 0, state))
         for number, batch, waited in _batches(loader, start, num_steps):
             state, metrics = compiled.step(state, layout.place(batch, mesh, rows=run.rows))
             watch.note(number, metrics, _facts(loader, number, waited, flops))
@@ -170,7 +172,7 @@ def train(
             is_due = run.evaluation.every and number % run.evaluation.every == 0
             if evaluators and (is_last or is_due):
                 watch.flush()
-                watch.scores(number, _scores(evaluators, number, state))
+                watch.scores(number, _scores(run, evaluators, number, state))
             if is_last or stop.is_set or number % run.checkpoint.every == 0:
                 watch.flush()  # the lines up to a checkpoint are on disk before the checkpoint is
                 saved.save(dataclasses.replace(state, frozen={}), loader.get_state(), config, data_manifest)
@@ -183,8 +185,8 @@ def train(
     return state
 
 
-def _scores(evaluators: Sequence[Evaluator], number: int, state: TrainState) -> list[dict[str, Any]]:
-    params = join(state.params, state.frozen)
+def _scores(run: Run, evaluators: Sequence[Evaluator], number: int, state: TrainState) -> list[dict[str, Any]]:
+    params = join(evaluated(state, run.optimizer), state.frozen)
     return [line for evaluate in evaluators for line in evaluate(number, params)]
 
 

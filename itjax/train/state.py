@@ -8,7 +8,9 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import PartitionSpec as P
 
+from itjax.base.schema import Optimizer
 from itjax.models.model import Axes, Params
+from itjax.train import optimizer
 
 
 @jax.tree_util.register_dataclass
@@ -52,8 +54,21 @@ def state_axes(
     axes: Axes, abstract_params: Params, tx: optax.GradientTransformation, frozen_axes: Axes, *, average: float = 0.0
 ) -> TrainState:
     """A TrainState of logical axes: whatever the optimizer keeps per parameter lies where the parameter lies."""
-    opt_state = jax.eval_shape(tx.init, abstract_params)
-    opt_axes = optax.tree_utils.tree_map_params(
-        tx, lambda _, spec: spec, opt_state, axes, transform_non_params=lambda _: P()
-    )
+    opt_axes = optimizer.state_axes(jax.eval_shape(tx.init, abstract_params), abstract_params, axes)
     return TrainState(P(), axes, frozen_axes, opt_axes, axes if average else {})
+
+
+def evaluated(state: TrainState, config: Optimizer) -> Params:
+    """The moving parameters as evaluations and exports take them: their average where the run keeps one."""
+    if config.average:
+        return state.average
+    if config.kind == "schedule_free_adamw":
+        return optax.contrib.schedule_free_eval_params(_schedule_free(state.opt_state), state.params)
+    return state.params
+
+
+def _schedule_free(opt_state: Any) -> optax.contrib.ScheduleFreeState:
+    def is_it(part: Any) -> bool:
+        return isinstance(part, optax.contrib.ScheduleFreeState)
+
+    return next(part for part in jax.tree.leaves(opt_state, is_leaf=is_it) if is_it(part))

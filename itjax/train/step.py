@@ -32,7 +32,7 @@ def grad_sums(
     Micro-batch a draws from `fold_in(key, a)`; without a key nothing is drawn.
     """
 
-    def one(number: jax.Array | int | None, micro: PackedBatch) -> tuple[Params, LossSums]:
+    def one(number: jax.Array | int, micro: PackedBatch) -> tuple[Params, LossSums]:
         own = None if key is None else jax.random.fold_in(key, number)
 
         def total(params: Params) -> tuple[jax.Array, LossSums]:
@@ -45,11 +45,12 @@ def grad_sums(
     if accumulate == 1:
         return one(0, batch)
     micro_batches = jax.tree.map(lambda x: _micro(x, accumulate), batch)
-    numbers = None if key is None else jnp.arange(accumulate)
     shapes = jax.eval_shape(one, 0, jax.tree.map(lambda x: x[0], micro_batches))
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
     sums, _ = jax.lax.scan(
-        lambda total, micro: (jax.tree.map(jnp.add, total, one(*micro)), None), zeros, (numbers, micro_batches)
+        lambda total, micro: (jax.tree.map(jnp.add, total, one(*micro)), None),
+        zeros,
+        (jnp.arange(accumulate), micro_batches),
     )
     return sums
 

@@ -17,7 +17,7 @@ from itjax.train.checkpoint import Checkpoints
 from itjax.train.state import TrainState, abstract, fresh, state_axes
 from tests.fakes import tiny_model
 
-TX = optimizer.adamw(schema.Optimizer(weight_decay=0.1))
+TX = optimizer.make(schema.Optimizer(weight_decay=0.1))
 SETTINGS = schema.Checkpoint(keep=2, asynchronous=False)
 
 
