@@ -7,6 +7,7 @@ A head may have a sink (https://arxiv.org/abs/2309.17453, learned as in GPT-OSS)
 probabilities are divided by. It gives no value, so a head can read less than one whole position.
 """
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -158,6 +159,14 @@ def _capped(scores: jax.Array, cap: float) -> jax.Array:
     return cap * jnp.tanh(scores / cap) if cap else scores
 
 
+def _scales_queries(dtype: jnp.dtype, scale: float) -> bool:
+    """Whether queries are scaled, which takes CPUs a third less time than scaling scores, or is rounding them too dear.
+
+    In bfloat16 it doubles the error of what heads of 128 read, unless the scale is a power of 2.
+    """
+    return jnp.finfo(dtype).bits >= 32 or math.frexp(scale)[0] == 0.5
+
+
 def _to_heads(q_BTNH: jax.Array, kv_heads: int) -> jax.Array:
     """Queries grouped by the key/value head they read: (B, K, G, T, H)."""
     B, T, N, H = q_BTNH.shape
@@ -180,9 +189,10 @@ def _read(
     """Grouped heads share one product with their keys; the division comes after the values, where rows are short."""
     B, K, G, T, H = q_BKGTH.shape
     S = k_BKSH.shape[2]
-    q_BKQH = q_BKGTH.reshape(B, K, G * T, H)
+    early, late = (scores.scale, 1.0) if _scales_queries(q_BKGTH.dtype, scores.scale) else (1.0, scores.scale)
+    q_BKQH = q_BKGTH.reshape(B, K, G * T, H) * early
     scores_BKQS = jnp.einsum("BKQH,BKSH->BKQS", q_BKQH, k_BKSH, preferred_element_type=jnp.float32)
-    scores_BKGTS = _capped(scores_BKQS.reshape(B, K, G, T, S) * scores.scale, scores.softcap)
+    scores_BKGTS = _capped(scores_BKQS.reshape(B, K, G, T, S) * late, scores.softcap)
     # Added and not selected: the backward pass needs no second selection, hidden scores have probability 0 there anyway.
     scores_BKGTS += jnp.where(sees_BTS, 0.0, HIDDEN)[:, None, None]
     highest_BKGT1 = jax.lax.stop_gradient(scores_BKGTS.max(axis=-1, keepdims=True))
