@@ -74,3 +74,17 @@ class Checkpoints:
     def close(self) -> None:
         """Waits, and lets go of the folder."""
         self._manager.close()
+
+
+def steps(folder: Path) -> list[int]:
+    """The committed steps of a run, the oldest first; the folder is only looked at, so the run may go on meanwhile."""
+    return sorted(ocp.utils.checkpoint_steps(folder)) if folder.is_dir() else []
+
+
+def restore_part(folder: Path, step: int, like: Mapping[str, Any]) -> dict[str, Any]:
+    """Parts of the state of a committed step: `{"params": ...}` of shapes with shardings; nothing else is read."""
+    args = ocp.args.PyTreeRestore(
+        item=like, restore_args=ocp.checkpoint_utils.construct_restore_args(like), partial_restore=True
+    )
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+        return reader.restore(folder.absolute() / str(step) / STATE, args=args)
