@@ -7,6 +7,7 @@ from typing import Any
 from itjax.base.freeze import nearest
 
 PLACE = "config.json"
+FULL, SLIDING = "full_attention", "sliding_attention"  # what layers may attend to
 
 # --- tables ---------------------------------------------------------------------------------------------------------
 
