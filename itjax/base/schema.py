@@ -170,6 +170,7 @@ class Lora:
     https://arxiv.org/abs/2312.03732; Liu et al. 2024 (DoRA), https://arxiv.org/abs/2402.09353
     """
 
+    adapter: str = ""  # a PEFT folder to start from, which then decides rank, alpha, targets and the like
     rank: int = bounded(0, at_least=0)  # 0: no adapters, all parameters are trained
     alpha: float = bounded(32.0, above=0)  # scale = alpha / rank
     dropout: float = bounded(0.0, at_least=0, below=1)  # of what A reads
