@@ -12,6 +12,7 @@ COMMANDS = {
     "show": ("itjax.show", "print rows as they will be trained"),
     "verify": ("itjax.verify", "prove the invariances on your config and devices"),
     "audit": ("itjax.audit", "say what is in the data: duplicates, leaks, personal data, offensive and faulty rows"),
+    "export": ("itjax.export", "a run as the folder of a published model, which other libraries open"),
     "report": ("itjax.report", "report.html of one run, or a comparison of several"),
 }
 

@@ -53,7 +53,7 @@ class Folder:
         try:
             return cls(folder, fields, configs.read(fields))
         except ValueError as error:
-            raise ValueError(f"{folder / CONFIG}: {error}") from None
+            raise ValueError(f"{folder}: {error}") from None
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
