@@ -52,11 +52,15 @@ class Family:
 def entries(config: ModelConfig, present: Collection[str] | None = None) -> list[Entry]:
     """Every parameter of the decoder and the tensors that hold it: as they are published or, where the names in a folder
     are given, in the layout of the family that most of them belong to."""
-    layouts = [list(_entries(config, layout)) for layout in FAMILIES[config.family].layouts]
     if present is None:
-        return layouts[0]
+        return layouts(config)[0]
     known = set(present)
-    return max(layouts, key=lambda layout: sum(_first(entry, config) in known for entry in layout))
+    return max(layouts(config), key=lambda layout: sum(next(tensors(entry, config)) in known for entry in layout))
+
+
+def layouts(config: ModelConfig) -> list[list[Entry]]:
+    """The same in every layout of the family, the one that is written first."""
+    return [list(_entries(config, layout)) for layout in FAMILIES[config.family].layouts]
 
 
 def tensors(entry: Entry, config: ModelConfig) -> Iterator[str]:
@@ -86,10 +90,6 @@ LEFT_OUT = {  # why -> names
         "vision_tower.*", "model.vision_tower.*", "multi_modal_projector.*", "model.multi_modal_projector.*",
     ),
 }  # fmt: skip
-
-
-def _first(entry: Entry, config: ModelConfig) -> str:
-    return next(tensors(entry, config))
 
 
 def _entries(config: ModelConfig, layout: Layout) -> Iterator[Entry]:
