@@ -236,6 +236,11 @@ class SentencePiece:
     def _going_on(self) -> sentencepiece.SentencePieceProcessor:
         return sentencepiece.SentencePieceProcessor(model_proto=self.model + NO_SPACE_BEFORE)
 
+    @property
+    def keeps_text(self) -> bool:
+        """Whether any text comes back as it was."""
+        return bool(self._space_mark_ids)
+
     @cached_property
     def _space_mark_ids(self) -> tuple[int, ...]:
         """Bytes that spell the space mark, for models that otherwise keep text as it is; else nothing."""
@@ -261,8 +266,8 @@ class SentencePiece:
         table = self._token_bytes
         shown = [int(id) for id in ids if table[int(id)]]
         text = b"".join([table[id] for id in shown])
-        if shown[:1] == [self.unk]:
-            return text
+        if not shown or self._facts.pieces[shown[0]].kind in (spm.BYTE, spm.UNKNOWN):
+            return text  # only a piece begins with the space that is set before text
         if self._facts.squeezes:
             return text.lstrip(b" ")
         return text.removeprefix(b" ") if self._facts.dummy_prefix else text
@@ -322,9 +327,13 @@ class HuggingFace:
         self.model = json.dumps(fields | {CONFIG: self.config}, ensure_ascii=False).encode()  # one file holds both
         declared = [token for token in fields.get("added_tokens", []) if _is_control_token(token)]
         controls = {token["content"]: int(token["id"]) for token in declared} | _more_controls(self.config)
+        vocabulary = fields.get("model", {}).get("vocab", {})
+        vocabulary = (
+            vocabulary if isinstance(vocabulary, dict) else {name: id for id, (name, _) in enumerate(vocabulary)}
+        )
         for token in ("bos_token", "eos_token", "pad_token"):
             name = self.config.get(token)
-            id = fields.get("model", {}).get("vocab", {}).get(name) if isinstance(name, str) else None
+            id = vocabulary.get(name) if isinstance(name, str) else None
             if isinstance(id, int):
                 controls.setdefault(str(name), id)
         self.controls: Mapping[str, int] = controls
@@ -333,7 +342,9 @@ class HuggingFace:
         self._begins = _load(plain, place)
         going_on = _without_prefix(plain)
         self._goes_on = self._begins if going_on == plain else _load(going_on, place)
-        self.space_before: str = "" if going_on == plain else ("first" if '"first"' in json.dumps(plain) else "always")
+        self.space_before: str = (
+            "" if going_on == plain else ("first" if '"first"' in json.dumps(plain.get("pre_tokenizer")) else "always")
+        )
         self._decoder = _load(fields | {"truncation": None, "padding": None}, place)
         self._by_id = {id: name for name, id in self.controls.items()}
         self._any_control = _any_of([*self.controls]) if self.controls else re.compile("(?!)")
@@ -470,7 +481,9 @@ class _Spelling:
         steps = {step["type"]: step for step in decoder.get("decoders", [decoder]) if step.get("type")}
         if set(steps) == {"ByteLevel"}:
             return cls(byte_level=True, space="", strips=False)
-        if not steps or not set(steps) <= {"Replace", "ByteFallback", "Fuse", "Strip", "Metaspace"}:
+        if "ByteFallback" not in steps and "Metaspace" not in steps:
+            return None
+        if not set(steps) <= {"Replace", "ByteFallback", "Fuse", "Strip", "Metaspace"}:
             return None
         replaces, metaspace, strip = steps.get("Replace", {}), steps.get("Metaspace", {}), steps.get("Strip", {})
         if replaces and (replaces["content"] != " " or "String" not in replaces["pattern"]):
@@ -479,7 +492,7 @@ class _Spelling:
             return None
         space = replaces["pattern"]["String"] if replaces else metaspace.get("replacement", "")
         strips = bool(strip) or metaspace.get("prepend_scheme", "never") != "never"
-        return cls(byte_level=False, space=space, strips=strips) if space else None
+        return cls(byte_level=False, space=space or " ", strips=strips)
 
     def bytes_of(self, piece: str) -> bytes:
         if self.byte_level:

@@ -55,13 +55,13 @@ def _no_constant(name: str) -> Any:
 
 # ---------------------------------------------------------------------------------------- Qwen, Hermes
 
-_TOOLS_BEFORE = """# Tools
+TOOLS_BEFORE = """# Tools
 
 You may call one or more functions to assist with the user query.
 
 You are provided with function signatures within <tools></tools> XML tags:
 <tools>"""
-_TOOLS_AFTER = """
+TOOLS_AFTER = """
 </tools>
 
 For each function call, return a json object with function name and arguments within <tool_call></tool_call> XML tags:
@@ -71,7 +71,7 @@ For each function call, return a json object with function name and arguments wi
 
 
 def _qwen_declare(tools: Tools) -> list[Part]:
-    return [Part(_TOOLS_BEFORE, own=True), *(Part("\n" + dumps(tool)) for tool in tools), Part(_TOOLS_AFTER, own=True)]
+    return [Part(TOOLS_BEFORE, own=True), *(Part("\n" + dumps(tool)) for tool in tools), Part(TOOLS_AFTER, own=True)]
 
 
 def _qwen_calls(calls: Sequence[ToolCall], after_content: bool, write: Callable[[ToolCall], str]) -> list[Part]:
@@ -177,7 +177,7 @@ def _name(message: Message) -> str:
 
 # ---------------------------------------------------------------------------------------- Llama 3.1
 
-_LLAMA_TOOLS = (
+LLAMA_TOOLS = (
     "Given the following functions, please respond with a JSON for a function call with its proper arguments that best "
     'answers the given prompt.\n\nRespond in the format {"name": function name, "parameters": dictionary of argument name '
     "and its value}.Do not use variables.\n\n"
@@ -186,7 +186,7 @@ _LLAMA_TOOLS = (
 
 def _llama_declare(tools: Tools) -> list[Part]:
     written = (json.dumps(tool, ensure_ascii=False, indent=4) for tool in tools)
-    return [Part(_LLAMA_TOOLS, own=True), *(Part(text + "\n\n") for text in written)]
+    return [Part(LLAMA_TOOLS, own=True), *(Part(text + "\n\n") for text in written)]
 
 
 def _llama_call(calls: Sequence[ToolCall], after_content: bool) -> list[Part]:
