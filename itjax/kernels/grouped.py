@@ -114,7 +114,7 @@ def _plan(sizes_E: jax.Array, block: int, *, limit: int) -> tuple[jax.Array, jax
     blocks_E = -(-sizes_E // block)
     last_E = jnp.cumsum(blocks_E)
     number_G = jnp.arange(limit)
-    group_G = jnp.searchsorted(last_E, number_G, side="right").clip(max=len(sizes_E) - 1)
+    group_G = (number_G[:, None] >= last_E[None]).sum(axis=1).clip(max=len(sizes_E) - 1)
     first_E, start_E = last_E - blocks_E, jnp.cumsum(sizes_E) - sizes_E
     return group_G, start_E[group_G] + (number_G - first_E[group_G]) * block, last_E[-1]
 

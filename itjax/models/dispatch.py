@@ -140,8 +140,7 @@ def _here(
     experts_P = jnp.where((experts_P >= 0) & (experts_P < number), experts_P, number)
     pair_M = jnp.argsort(experts_P, stable=True)
     row_P = jnp.zeros_like(pair_M).at[pair_M].set(jnp.arange(len(pair_M)), unique_indices=True)
-    ends_E = jnp.searchsorted(experts_P[pair_M], jnp.arange(number), side="right")
-    groups = Groups(jnp.diff(ends_E, prepend=0).astype(jnp.int32))
+    groups = Groups(jnp.zeros(number, jnp.int32).at[experts_P].add(1, mode="drop"))
     y_MD = feed_forward(_spread(x_BTD.reshape(-1, x_BTD.shape[-1]), pair_M, row_P.reshape(-1, C)), groups)
     return _combined(y_MD, pair_M, row_P, experts_P < number, routes, like=x_BTD)
 
@@ -212,4 +211,4 @@ _collect.defvjp(_collect_forward, _collect_backward)
 
 def _rows(x: jax.Array, numbers: jax.Array) -> jax.Array:
     """Rows by number; zeros for numbers after the last."""
-    return x.at[numbers].get(mode="fill", fill_value=0)
+    return jnp.take(x, numbers, axis=0, mode="fill", fill_value=0)
