@@ -56,6 +56,11 @@ PUBLISHED = {
             "original_max_position_embeddings": 4096,
         },
     ),
+    "a_ramp_past_the_last_pair": (
+        64,
+        Rope(1e4, scaling="yarn", factor=4.0, original_length=131072),
+        {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4, "original_max_position_embeddings": 131072},
+    ),
     "deepseek_v2": (
         64,
         Rope(scaling="yarn", factor=40.0, original_length=4096, mscale=1.0, mscale_all_dim=0.707),
