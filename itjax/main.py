@@ -70,6 +70,8 @@ def train(run: Run, *, config: str) -> None:
             model=built.model,
             mesh=built.mesh,
             loader=built.loader,
+            weights=parts.weights(run, built, data.tokenizer.size),
+            base=built.folder.fingerprint() if built.folder else "",
             evaluators=evaluators(run, data, built),
             flops=built.flops,
             data_manifest=account,
@@ -99,7 +101,9 @@ def evaluators(run: Run, data: "Data", built: "Parts") -> "list[Evaluator]":
     if run.evaluation.generate and any(part.task for part in data.held):
         generate = sampler.make_sampler(
             built.model,
-            stop_ids=sorted(chat.stop_ids(data.format, data.tokenizer)),
+            stop_ids=sorted(
+                chat.stop_ids(data.format, data.tokenizer) | (built.folder.stop_ids if built.folder else set())
+            ),
             max_tokens=run.evaluation.max_tokens,
             pad_id=0,
             vocab=data.tokenizer.size,

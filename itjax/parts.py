@@ -1,5 +1,6 @@
 """From a config to the parts of a run: data, mesh, model, loader. Every command begins here, so all see the same run."""
 
+import dataclasses
 import hashlib
 import platform
 from collections.abc import Callable
@@ -12,16 +13,19 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from itjax.base import tree
-from itjax.base.freeze import Fault
+from itjax.base.freeze import Fault, nearest
 from itjax.base.schema import Run
 from itjax.data import cache, prepare
 from itjax.data.loader import Loader
 from itjax.data.prepare import Data
-from itjax.models import families
-from itjax.models.families import ModelConfig
-from itjax.models.model import Model, build
+from itjax.hub import names
+from itjax.hub.folder import Folder, check_vocabulary
+from itjax.models import families, lora, quantize
+from itjax.models.config import ModelConfig
+from itjax.models.model import Model, Params, build
 from itjax.parallel import cluster, layout
 from itjax.parallel.mesh import mesh_for
+from itjax.train.loop import Weights
 
 VOCAB_MULTIPLE = 64  # embeddings are padded to it, so that they divide over devices
 
@@ -34,10 +38,12 @@ class Parts:
     model: Model
     mesh: Mesh
     loader: Loader
+    folder: Folder | None  # of the published model that the run begins with
+    moving: float  # share of the kernels that is trained: all, or none below adapters
 
     def flops(self, step: int) -> float:
         """Useful FLOPs of a step of the loader: real tokens only, attention inside own segments only."""
-        return families.train_flops(self.config, self.loader.lengths(step))
+        return families.train_flops(self.config, self.loader.lengths(step), moving=self.moving)
 
     def summary(self, run: Run) -> str:
         """A few lines that say what will be trained, on what, where."""
@@ -47,9 +53,15 @@ class Parts:
             f"; {copies} devices compute the same rows, as they do not divide: see config.rows" if copies > 1 else ""
         )
         shape = " x ".join(f"{axis} {size}" for axis, size in self.mesh.shape.items() if size > 1) or "one device"
-        size = tree.num_elements(self.model.abstract)
+        size = lora.num_parameters(self.model.abstract)
+        moves, _ = lora.split(self.model.abstract, lora.moving(self.model.abstract, run.lora))
+        trained = lora.num_parameters(moves)
+        share = f", {trained / 1e6:.2f} M of them trained ({trained / size:.2%})" if trained < size else ""
+        start = f"the weights of {self.folder.path}" if self.folder else "numbers from the seed: nothing is pretrained"
         return (
-            f"model  {run.model}: {size / 1e6:.2f} M parameters, vocabulary {self.config.vocab}\n"
+            f"model  {run.model}: {size / 1e6:.2f} M parameters{share}, vocabulary {self.config.real_ids:,} "
+            f"in {self.config.vocab:,} rows\n"
+            f"start  {start}\n"
             f"data   {report['examples']:,} examples of {len(report['sources'])} sources in {report['num_rows']:,} rows of "
             f"{run.length}; fill {report['fill']:.1%}, trained {report['trained_share']:.1%}, {report['epochs']:.2f} epochs\n"
             f"steps  {self.loader.num_steps:,} of {run.rows} rows in {run.accumulate} micro-batch"
@@ -120,9 +132,24 @@ class _bars:
 def set_up(run: Run, data: Data) -> Parts:
     """Mesh, model and loader of the run. Raises ValueError naming the setting that does not fit the others."""
     mesh = mesh_for(run.parallel)
-    config = model_config(run, data)
-    model = build(config, dtype=dtype(run), attention=run.attention, remat=run.remat)
-    return Parts(config, model, mesh, loader_for(run, data, mesh))
+    folder = model_folder(run)
+    config = model_config(run, data, folder)
+    return Parts(
+        config, model_of(run, config), mesh, loader_for(run, data, mesh), folder, 0.0 if run.lora.rank else 1.0
+    )
+
+
+def model_of(run: Run, config: ModelConfig, *, attention: str | None = None, remat: str | None = None) -> Model:
+    """The run's model; verification asks for another attention or rematerialisation."""
+    return build(
+        config,
+        dtype=dtype(run),
+        attention=attention or run.attention,
+        remat=remat or run.remat,
+        lora=run.lora,
+        base=base(run),
+        capacity_factor=run.parallel.capacity_factor,
+    )
 
 
 def dtype(run: Run) -> str:
@@ -132,16 +159,83 @@ def dtype(run: Run) -> str:
     return "float32" if jax.devices()[0].platform == "cpu" else "bfloat16"
 
 
-def model_config(run: Run, data: Data) -> ModelConfig:
-    """The preset with its overrides, and a vocabulary that holds every id of the tokenizer."""
+def base(run: Run) -> str:
+    """How parameters are kept that are not trained."""
+    if not run.lora.rank:
+        return "float32"
+    return dtype(run) if run.lora.base == "auto" else run.lora.base
+
+
+def model_folder(run: Run) -> Folder | None:
+    """The published model that the run begins with, if it names one."""
+    if run.model in families.PRESETS:
+        return None
+    if Path(run.model).is_dir():
+        return Folder.open(run.model)
+    known = list(families.PRESETS)
+    raise Fault(
+        f"config.model: {run.model!r} is neither a folder nor a preset.{nearest(run.model, known)} "
+        f"Presets: {', '.join(known)}"
+    )
+
+
+def model_config(run: Run, data: Data, folder: Folder | None) -> ModelConfig:
+    """The folder's decoder, or the preset with its overrides, with a vocabulary that holds every id of the tokenizer."""
     size = data.tokenizer.size
-    vocab = run.architecture.vocab or -(-size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+    if folder is not None:
+        return _published(run, folder, size)
+    vocab = run.architecture.vocab or _rounded(size)
     if vocab < size:
         raise Fault(
             f"config.architecture.vocab: {vocab} is smaller than the tokenizer's {size} ids; "
             f"set it to {size} or more, or leave it out"
         )
-    return families.resolve(run.model, run.architecture, vocab=vocab)
+    return dataclasses.replace(families.resolve(run.model, run.architecture, vocab=vocab), ids=size)
+
+
+def _published(run: Run, folder: Folder, size: int) -> ModelConfig:
+    given = [name for name, value in dataclasses.asdict(run.architecture).items() if value is not None]
+    if given:
+        raise Fault(f"config.architecture.{given[0]}: {folder.path} says what its model is made of; leave it out")
+    config = folder.config
+    if run.new_tokens and size > config.vocab:
+        config = dataclasses.replace(config, vocab=_rounded(size))
+    check_vocabulary(size, config.vocab, place=f"config.tokenizer with model {folder.path}")
+    if config.max_length and run.length > config.max_length:
+        raise Fault(
+            f"config.length: {run.length} positions, and {folder.path} was made for {config.max_length}; "
+            f"set config.length to {config.max_length} or less"
+        )
+    return dataclasses.replace(config, ids=size)
+
+
+def _rounded(size: int) -> int:
+    return -(-size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+
+
+def weights(run: Run, built: Parts, num_ids: int) -> Weights | None:
+    """What reads the folder's parameters onto the mesh, given what is kept of them; None without a folder.
+
+    `num_ids` is how many ids the run's tokenizer has: those that are new begin as the mean of the others.
+    """
+    folder, mesh = built.folder, built.mesh
+    if folder is None:
+        return None
+    # The same network as its folder has it: without adapters, and with whole kernels.
+    plain = build(built.config, dtype=dtype(run), attention=run.attention, remat=run.remat)
+    entries = {entry.path: entry for entry in names.entries(built.config)}
+
+    def convert(path: str, layer: jax.Array) -> dict[str, jax.Array]:
+        entry = entries[path]
+        return quantize.quantize(layer, run.lora.base, contract=entry.contract, lead=int(entry.experts))
+
+    def read(kept: Params) -> Params:
+        shardings = layout.shardings(plain.axes, mesh, plain.abstract)
+        whole = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), plain.abstract, shardings)
+        like = tree.flatten(whole) | {path: leaf for path, leaf in tree.flatten(kept).items() if path in entries}
+        return folder.load(tree.unflatten(like), num_ids=num_ids, convert=convert, kept=kept)
+
+    return read
 
 
 def loader_for(run: Run, data: Data, mesh: Mesh) -> Loader:

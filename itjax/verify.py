@@ -28,8 +28,9 @@ from itjax.base.schema import REMAT, Parallel, Run
 from itjax.data.loader import Loader
 from itjax.data.prepare import Data
 from itjax.kernels import attention
+from itjax.models import lora
 from itjax.models.config import ModelConfig
-from itjax.models.model import Model, build
+from itjax.models.model import Model
 from itjax.objectives.sft import sft
 from itjax.parallel import cluster, layout
 from itjax.parallel.mesh import AXES, mesh_for
@@ -69,7 +70,7 @@ class Outcome:
 def verify(run: Run, data: Data) -> Iterator[Check]:
     """All checks, one by one as they are done."""
     mesh = mesh_for(run.parallel)
-    config = parts.model_config(run, data)
+    config = parts.model_config(run, data, parts.model_folder(run))
     dtype = parts.dtype(run)
     rows = math.lcm(max(MICRO_BATCHES), jax.device_count())  # every mesh and number of micro-batches divides it
     loader = parts.loader_for(run, data, mesh)
@@ -85,7 +86,7 @@ def verify(run: Run, data: Data) -> Iterator[Check]:
         attention: str = run.attention,
         remat: str = run.remat,
     ) -> Outcome:
-        model = build(config, dtype=dtype, attention=attention, remat=remat)
+        model = parts.model_of(run, config, attention=attention, remat=remat)
         return gradient(run, model, batch, mesh=mesh, accumulate=accumulate, chunk=chunk)
 
     base = outcome(batch)
@@ -99,9 +100,10 @@ def verify(run: Run, data: Data) -> Iterator[Check]:
     )
     for accumulate in MICRO_BATCHES[1:]:
         yield same(f"{accumulate} micro-batches", outcome(batch, accumulate=accumulate))
-    for shape in mesh_shapes(jax.device_count()):
-        words = " x ".join(f"{axis} {size}" for axis, size in zip(AXES, shape, strict=True))
-        yield same(f"mesh {words}", outcome(batch, mesh=mesh_of(shape)))
+    axes = [axis for axis in AXES if axis != "expert" or config.experts]
+    for parallel in meshes(jax.device_count(), axes):
+        words = " x ".join(f"{axis} {getattr(parallel, axis)}" for axis in axes)
+        yield same(f"mesh {words}", outcome(batch, mesh=mesh_for(parallel)))
     yield same("rows in another order", outcome(jax.tree.map(lambda x: x[::-1].copy(), batch)))
     yield same("a quarter more padding", outcome(padded(batch, run.length // 4)))
     for chunk in sorted({max(1, run.loss.chunk // 4), run.loss.chunk // 3 + 1} - {run.loss.chunk}):
@@ -111,7 +113,7 @@ def verify(run: Run, data: Data) -> Iterator[Check]:
             yield same(f"remat {remat}", outcome(batch, remat=remat))
     for name in attention.available(jax.devices()[0].platform):
         yield same(f"attention {name}", outcome(batch, attention=name))
-        model = build(config, dtype=dtype, attention=name, remat=run.remat)
+        model = parts.model_of(run, config, attention=name)
         yield check(f"attention {name}: none across segments", leak(run, model, config, batch, mesh), 0.0)
 
 
@@ -124,8 +126,11 @@ def gradient(run: Run, model: Model, batch: PackedBatch, *, mesh: Mesh, accumula
         loss_fn = sft(model, loss=dataclasses.replace(run.loss, chunk=chunk))
         whole = NamedSharding(mesh, PartitionSpec())
 
-        def sums(params: Any, batch: PackedBatch) -> tuple[jax.Array, Any]:
-            state = TrainState(jnp.zeros((), jnp.int32), params, {}, ())
+        moves = lora.moving(model.abstract, run.lora)
+
+        def sums(whole: Any, batch: PackedBatch) -> tuple[jax.Array, Any]:
+            params, frozen = lora.split(whole, moves)
+            state = TrainState(jnp.zeros((), jnp.int32), params, frozen, ())
             grads, total = grad_sums(loss_fn, state, batch, accumulate)
             return total.loss / total.weight, jax.tree.map(lambda g: g / total.weight, grads)
 
@@ -148,10 +153,14 @@ def parameters(run: Run, model: Model, mesh: Mesh) -> Any:
         params = model.init(key)
         leaves, tree = jax.tree.flatten(params)
         keys = jax.random.split(jax.random.fold_in(key, 1), len(leaves))
-        noisy = [x + 0.02 * jax.random.normal(k, x.shape, x.dtype) for x, k in zip(leaves, keys, strict=True)]
-        return jax.tree.unflatten(tree, noisy)
+        return jax.tree.unflatten(tree, [_noisy(x, k) for x, k in zip(leaves, keys, strict=True)])
 
     return jax.jit(draw, out_shardings=layout.shardings(model.axes, mesh, model.abstract))(jax.random.key(run.seed))
+
+
+def _noisy(x: jax.Array, key: jax.Array) -> jax.Array:
+    """The codes of a quantised kernel stay codes."""
+    return x + 0.02 * jax.random.normal(key, x.shape, x.dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
 
 
 def distance(a: Outcome, b: Outcome) -> float:
@@ -224,14 +233,11 @@ def padded(batch: PackedBatch, extra: int) -> PackedBatch:
     return jax.tree.map(lambda x: np.pad(x, ((0, 0), (0, extra))), batch)
 
 
-def mesh_shapes(num_devices: int) -> list[tuple[int, ...]]:
-    """Every way to write the number of devices as data x fsdp x tensor."""
+def meshes(num_devices: int, axes: Sequence[str]) -> list[Parallel]:
+    """Every way to write the number of devices as a product of these axes."""
     divisors = [size for size in range(1, num_devices + 1) if num_devices % size == 0]
-    return [shape for shape in itertools.product(divisors, repeat=len(AXES)) if math.prod(shape) == num_devices]
-
-
-def mesh_of(shape: Sequence[int]) -> Mesh:
-    return mesh_for(Parallel(*shape))
+    shapes = [shape for shape in itertools.product(divisors, repeat=len(axes)) if math.prod(shape) == num_devices]
+    return [dataclasses.replace(Parallel(data=1), **dict(zip(axes, shape, strict=True))) for shape in shapes]
 
 
 # --- what the data itself must satisfy --------------------------------------------------------------------------------

@@ -47,9 +47,18 @@ def test_unpacked_puts_every_segment_alone():
     assert alone.weights_BT.sum() == BATCH.weights_BT.sum()
 
 
-def test_a_mesh_shape_is_any_product_of_the_devices():
-    assert len(verify.mesh_shapes(8)) == 10
-    assert all(a * b * c == 8 for a, b, c in verify.mesh_shapes(8))
+def test_every_check_holds_for_adapters_over_a_small_base(tmp_path):
+    out = tmp_path / "checks.json"
+    settings = {"lora.rank": 4, "lora.base": "int8", "rows": 8}
+    runs.finish(runs.start(tmp_path / "run", devices=2, module="itjax.verify", more=[f"--json={out}"], **settings))
+    assert json.loads(out.read_text())["ok"]
+
+
+def test_a_mesh_is_any_product_of_the_devices():
+    dense = verify.meshes(8, ("data", "fsdp", "tensor"))
+    assert len(dense) == 10
+    assert all(shape.data * shape.fsdp * shape.tensor == 8 and shape.expert == 1 for shape in dense)
+    assert len(verify.meshes(8, ("data", "fsdp", "expert", "tensor"))) == 20
 
 
 def test_distance_is_relative_to_the_gradient():

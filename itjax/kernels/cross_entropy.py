@@ -106,8 +106,15 @@ def _sums(
 
 def _sums_forward(x_SRD, head_VD, targets_SR, weights_SR, settings):
     """Inputs say whether a gradient by them is asked for: none of the head is made where the head is frozen."""
-    values = (part.value for part in (x_SRD, head_VD, targets_SR, weights_SR))
-    return _loop(*values, settings, x_moves=x_SRD.perturbed, head_moves=head_VD.perturbed)
+    return _loop(
+        x_SRD.value,
+        head_VD.value,
+        targets_SR.value,
+        weights_SR.value,
+        settings,
+        x_moves=x_SRD.perturbed,
+        head_moves=head_VD.perturbed,
+    )
 
 
 def _sums_backward(settings, grads, cotangent):

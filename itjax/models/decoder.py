@@ -16,6 +16,7 @@ from itjax.kernels.attention import Scores
 from itjax.models.activations import gated
 from itjax.models.config import Layer, ModelConfig
 from itjax.models.layers import Draws, Norm, Options, Projection, draw
+from itjax.models.moe import Facts, Mixture
 from itjax.models.rope import Turns, angles, turn
 from itjax.parallel.layout import pin
 
@@ -100,7 +101,7 @@ class Mlp(nnx.Module):
         self.up = part("up", (D, F), ("embed", "ffn"), 1.0)
         self.down = part("down", (F, D), ("ffn", "embed"), _gain(config))
 
-    def __call__(self, x_BTD: jax.Array, draws: Draws, facts: Any) -> tuple[jax.Array, Aux]:
+    def __call__(self, x_BTD: jax.Array, draws: Draws, facts: Facts | None) -> tuple[jax.Array, Aux]:
         gate_BTF = pin(self.gate(x_BTD, draws), "batch", "length", "ffn")
         up_BTF = pin(self.up(x_BTD, draws), "batch", "length", "ffn")
         return self.down(gated(gate_BTF, up_BTF, self.activation), draws), {}
@@ -114,10 +115,14 @@ class Block(nnx.Module):
         self.attn = Attention(config, keys, options)
         self.attn_post_norm = _norm(config) if after else None
         self.mlp_norm = _norm(config) if before else None
-        self.mlp = Mlp(config, keys, options)
+        self.mlp = (
+            Mlp(config, keys, options)
+            if config.experts is None
+            else Mixture(config, keys, options, options.capacity_factor)
+        )
         self.mlp_post_norm = _norm(config) if after else None
 
-    def __call__(self, x_BTD: jax.Array, sight: Sight, draws: Draws, facts: Any) -> tuple[jax.Array, Aux]:
+    def __call__(self, x_BTD: jax.Array, sight: Sight, draws: Draws, facts: Facts | None) -> tuple[jax.Array, Aux]:
         y_BTD = self.attn(_normed(self.attn_norm, x_BTD), sight, draws)
         x_BTD = pin(x_BTD + _normed(self.attn_post_norm, y_BTD), *RESIDUAL)
         y_BTD, aux = self.mlp(_normed(self.mlp_norm, x_BTD), draws, facts)
@@ -165,7 +170,7 @@ class Decoder(nnx.Module):
         `key` is for what is drawn on the way (dropout of adapters); None: nothing is.
         """
         turns = self._turns(positions_BT, length=tokens_BT.shape[1])
-        facts = None
+        facts = Facts(segments_BT, weights_BT)
 
         def sight(kind: Layer) -> Sight:
             scores = self._scores(kind)

@@ -50,15 +50,23 @@ class Model:
 
 
 def build(
-    config: ModelConfig, *, dtype: str, attention: str, remat: str, lora: Lora = NO_LORA, base: str = "float32"
+    config: ModelConfig,
+    *,
+    dtype: str,
+    attention: str,
+    remat: str,
+    lora: Lora = NO_LORA,
+    base: str = "float32",
+    capacity_factor: float | None = None,
 ) -> Model:
     """The decoder of a config, products in `dtype`. No array is made.
 
-    Parameters are float32, except that with adapters what stays frozen is kept as `base` says.
+    Parameters are float32, except that with adapters what stays frozen is kept as `base` says. `capacity_factor` bounds
+    what an expert takes, see `moe.Mixture`.
     """
     platform = jax.default_backend()
     implementation = attention_kernels.choose(attention, platform=platform)
-    options = Options(lora, base)
+    options = Options(lora, base, capacity_factor)
     unroll = config.layers if platform == "cpu" and config.layers <= UNROLLED_ON_CPU else 1
 
     def make(key: jax.Array) -> Decoder:

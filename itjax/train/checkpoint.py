@@ -67,6 +67,10 @@ class Checkpoints:
         restored = self._manager.restore(step, args=args)
         return restored[STATE], DataPosition(**restored[DATA])
 
+    def config(self, step: int) -> dict[str, Any]:
+        """The settings that a committed step was saved with."""
+        return self._manager.restore(step, args=ocp.args.Composite(config=ocp.args.JsonRestore()))[CONFIG]
+
     def wait(self) -> None:
         """Returns when everything that was saved is committed."""
         self._manager.wait_until_finished()

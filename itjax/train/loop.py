@@ -22,11 +22,12 @@ from itjax.models.model import Model, Params, join
 from itjax.objectives.sft import sft
 from itjax.parallel import cluster, layout
 from itjax.train import optimizer
-from itjax.train.checkpoint import Checkpoints
+from itjax.train.checkpoint import Checkpoints, steps
 from itjax.train.state import TrainState, abstract, evaluated, fresh, state_axes
 from itjax.train.step import Metrics, make_train_step
 from itjax.train.watch import Facts, Watch
 
+BASE = "base"  # beside the settings in a checkpoint: the fingerprint of the folder that frozen parameters come from
 Weights = Callable[[Params], Params]  # shapes with shardings -> the published parameters there
 Evaluator = Callable[[int, Params], list[dict[str, Any]]]  # (step, parameters) -> lines of metrics.jsonl
 
@@ -68,16 +69,26 @@ def compile_step(run: Run, model: Model, mesh: Mesh, *, num_steps: int) -> Compi
 
 
 def begin(
-    run: Run, model: Model, compiled: Compiled, saved: Checkpoints, loader: Loader, weights: Weights | None
+    run: Run, model: Model, compiled: Compiled, saved: Checkpoints, loader: Loader, weights: Weights | None, base: str
 ) -> tuple[TrainState, DataPosition]:
     """Resumes from the newest checkpoint if there is one, else begins with published weights or numbers from the seed.
 
-    What is frozen is in no checkpoint: it is read or drawn again.
+    What is frozen is in no checkpoint: it is read or drawn again. Raises Fault where `base`, the fingerprint of the folder
+    that it is read from, is not the one that the checkpoint was saved with.
     """
     latest = saved.latest()
     if latest is None:
         return first(run, model, compiled, weights), loader.get_state()
-    frozen = first_frozen(run, model, compiled, weights) if compiled.abstract.frozen else {}
+    frozen: Params = {}
+    if compiled.abstract.frozen:
+        then = saved.config(latest).get(BASE, "")
+        if then != base and not run.allow_change:
+            raise freeze.Fault(
+                f"{saved.folder / str(latest)}: was trained on the base {then or 'drawn from the seed'}, and {run.model} is "
+                f"{base or 'drawn from the seed'} now, so its adapters would not fit; bring the folder back as it was, use "
+                "another --config.run_dir, or go on regardless with --config.allow_change=True"
+            )
+        frozen = first_frozen(run, model, compiled, weights)
     state, position = saved.restore(latest, dataclasses.replace(compiled.abstract, frozen={}))
     if run.allow_change:
         position = dataclasses.replace(position, plan=loader.plan_at(position.step))
@@ -131,6 +142,7 @@ def train(
     mesh: Mesh,
     loader: Loader,
     weights: Weights | None,
+    base: str,
     evaluators: Sequence[Evaluator],
     flops: Callable[[int], float],
     data_manifest: Mapping[str, Any],
@@ -138,7 +150,8 @@ def train(
 ) -> TrainState:
     """Trains until the last step and returns the final state. Call inside `jax.set_mesh(mesh)`.
 
-    `weights` reads the published parameters that training begins with; None: they are drawn from the seed.
+    `weights` reads the published parameters that training begins with, of a folder with the fingerprint `base`; None: they
+    are drawn from the seed.
     `data_manifest` says what the run is trained on and goes into every checkpoint.
 
     Raises Stopped after SIGTERM, once a checkpoint of the current step is committed; Aborted on a loss that stays
@@ -148,7 +161,7 @@ def train(
     num_steps = loader.num_steps
     compiled = compile_step(run, model, mesh, num_steps=num_steps)
     saved = Checkpoints(run_dir / "checkpoints", run.checkpoint)
-    state, position = begin(run, model, compiled, saved, loader, weights)
+    state, position = begin(run, model, compiled, saved, loader, weights, base)
     start = position.step
     watch = Watch(
         run_dir,
@@ -161,7 +174,7 @@ def train(
     )
     if start:
         watch.say(f"resuming {run_dir} at step {start} of {num_steps}")
-    config = dataclasses.asdict(run)
+    config = dataclasses.asdict(run) | {BASE: base}
     with contextlib.closing(watch), contextlib.closing(saved), contextlib.closing(loader), _sigterm() as stop:
         if start == 0 and evaluators:
             watch.scores(0, _scores(run, evaluators, 0, state))
@@ -236,11 +249,14 @@ def _sigterm() -> Iterator[_Stop]:
 
 
 def check_run_dir(run: Run) -> None:
-    """Writes the frozen config into a new run_dir, or refuses one that belongs to a run with other settings."""
+    """Writes the frozen config into a new run_dir, or refuses one that belongs to a run with other settings.
+
+    A run that came to no first line of metrics has left nothing that could be mixed up.
+    """
     path = Path(run.run_dir) / "config.json"
     if path.exists():
         changed = freeze.differences(freeze.from_json(path.read_text(), path=str(path)), run)
-        if changed and not run.allow_change:
+        if changed and not run.allow_change and _has_begun(path.parent):
             raise freeze.Fault(
                 f"{run.run_dir}: holds a run with other settings ({'; '.join(changed)}). Use another --config.run_dir, "
                 "go back to those settings, or go on regardless with --config.allow_change=True"
@@ -249,3 +265,8 @@ def check_run_dir(run: Run) -> None:
             return
     if cluster.writes():
         write_whole(path, freeze.to_json(run))
+
+
+def _has_begun(run_dir: Path) -> bool:
+    metrics = run_dir / "metrics.jsonl"
+    return (metrics.exists() and metrics.stat().st_size > 0) or bool(steps(run_dir / "checkpoints"))
