@@ -43,6 +43,19 @@ PHI = {
 }  # fmt: skip
 
 
+LLAMA3_8B = {"max_position_embeddings": 8192, "rope_theta": 500000.0, "vocab_size": 128256}
+LLAMA31_8B = {
+    "rope_scaling": {**LLAMA3, "factor": 8.0, "original_max_position_embeddings": 8192}, "head_dim": ...,
+    "tie_word_embeddings": False,
+}  # fmt: skip
+QWEN25_SMALL = {"tie_word_embeddings": True, "vocab_size": 151936}
+
+
+def gemma3_text(*sizes: int) -> dict[str, Any]:
+    fields = {"rope_scaling": {"factor": 8.0, "rope_type": "linear"}, "sliding_window": 1024}
+    return {"model_type": "gemma3_text", **fields, **dict(zip(SIZES, sizes, strict=True))}
+
+
 def long(preset: str, kind: str) -> dict[str, Any]:
     rope = PRESETS[preset].rope
     return {"long_factor": list(rope.long), "short_factor": list(rope.short), "type": kind}
@@ -160,9 +173,87 @@ PUBLISHED = {
 }  # fmt: skip
 
 
+# The others, by what their files say otherwise than one above: the five sizes, and fields.
+VARIANTS: dict[str, tuple[str, tuple[int, ...], dict[str, Any]]] = {
+    "llama2_13b": ("llama2_7b", (5120, 13824, 40, 40, 40), {}),
+    "llama2_70b": ("llama2_7b", (8192, 28672, 80, 64, 8), {}),
+    "llama3_8b": ("llama2_7b", (4096, 14336, 32, 32, 8), LLAMA3_8B),
+    "llama3_70b": ("llama2_7b", (8192, 28672, 80, 64, 8), LLAMA3_8B),
+    "llama31_8b": ("llama32_1b", (4096, 14336, 32, 32, 8), LLAMA31_8B),
+    "llama31_70b": ("llama32_1b", (8192, 28672, 80, 64, 8), LLAMA31_8B),
+    "llama31_405b": ("llama32_1b", (16384, 53248, 126, 128, 8), LLAMA31_8B),
+    "llama32_3b": ("llama32_1b", (3072, 8192, 28, 24, 8), {"head_dim": 128}),
+    "smollm2_360m": ("smollm2_135m", (960, 2560, 32, 15, 5), {}),
+    "smollm2_1p7b": ("smollm2_135m", (2048, 8192, 24, 32, 32), {"rope_theta": 130000}),
+    "mistral_7b_v03": (
+        "mistral_7b_v01", (4096, 14336, 32, 32, 8), {"rope_theta": 1e6, "sliding_window": None, "vocab_size": 32768},
+    ),
+    "mixtral_8x22b": (
+        "mixtral_8x7b", (6144, 16384, 56, 48, 8), {"max_position_embeddings": 65536, "vocab_size": 32768},
+    ),
+    "qwen25_0p5b": ("qwen25_7b", (896, 4864, 24, 14, 2), {**QWEN25_SMALL, "max_position_embeddings": 32768}),
+    "qwen25_1p5b": ("qwen25_7b", (1536, 8960, 28, 12, 2), QWEN25_SMALL),
+    "qwen25_3b": ("qwen25_7b", (2048, 11008, 36, 16, 2), {**QWEN25_SMALL, "max_position_embeddings": 32768}),
+    "qwen25_14b": ("qwen25_7b", (5120, 13824, 48, 40, 8), {"max_window_layers": 48, "rms_norm_eps": 1e-05}),
+    "qwen25_32b": ("qwen25_7b", (5120, 27648, 64, 40, 8), {"max_window_layers": 64, "rms_norm_eps": 1e-05}),
+    "qwen25_72b": ("qwen25_7b", (8192, 29568, 80, 64, 8), {"max_window_layers": 80, "rms_norm_eps": 1e-05}),
+    "qwen3_1p7b": ("qwen3_0p6b", (2048, 6144, 28, 16, 8), {}),
+    "qwen3_4b": ("qwen3_0p6b", (2560, 9728, 36, 32, 8), {"max_window_layers": 36}),
+    "qwen3_8b": ("qwen3_0p6b", (4096, 12288, 36, 32, 8), {"max_window_layers": 36, "tie_word_embeddings": False}),
+    "qwen3_14b": ("qwen3_0p6b", (5120, 17408, 40, 40, 8), {"max_window_layers": 40, "tie_word_embeddings": False}),
+    "qwen3_32b": ("qwen3_0p6b", (5120, 25600, 64, 64, 8), {"max_window_layers": 64, "tie_word_embeddings": False}),
+    "qwen3_235b_a22b": ("qwen3_30b_a3b", (4096, 12288, 94, 64, 4), {"moe_intermediate_size": 1536}),
+    "gemma2_2b": ("gemma2_27b", (2304, 9216, 26, 8, 4), {"head_dim": 256, "query_pre_attn_scalar": 256}),
+    "gemma2_9b": ("gemma2_27b", (3584, 14336, 42, 16, 8), {"head_dim": 256, "query_pre_attn_scalar": 256}),
+    "gemma3_270m": (
+        "gemma3_1b", (640, 2048, 18, 4, 1),
+        {
+            "_sliding_window_pattern": 6, "sliding_window_pattern": ..., "use_bidirectional_attention": False,
+            "layer_types": (["sliding_attention"] * 5 + ["full_attention"]) * 3,
+        },
+    ),
+    "gemma3_12b": ("gemma3_4b", (), {"text_config": gemma3_text(3840, 15360, 48, 16, 8)}),
+    "gemma3_27b": (
+        "gemma3_4b", (),
+        {"text_config": {**gemma3_text(5376, 21504, 62, 32, 16), "head_dim": 128, "query_pre_attn_scalar": 168}},
+    ),
+    "phi3_mini_128k": ("phi35_mini", (), {"rope_scaling": long("phi3_mini_128k", "longrope")}),
+    "phi3_medium_4k": ("phi3_mini_4k", (5120, 17920, 40, 40, 10), {}),
+    "phi4_14b": (
+        "phi3_mini_4k", (5120, 17920, 40, 40, 10),
+        {
+            "max_position_embeddings": 16384, "original_max_position_embeddings": 16384, "rope_theta": 250000,
+            "sliding_window": None, "vocab_size": 100352,
+        },
+    ),
+    "olmo2_1b": ("olmo2_7b", (2048, 8192, 16, 16, 16), {}),
+    "olmo2_13b": ("olmo2_7b", (5120, 13824, 40, 40, 40), {}),
+    "olmo2_32b": ("olmo2_7b", (5120, 27648, 64, 40, 8), {}),
+    "gpt_oss_120b": (
+        "gpt_oss_20b", (2880, 2880, 36, 64, 8),
+        {"layer_types": ["sliding_attention", "full_attention"] * 18, "num_local_experts": 128},
+    ),
+}  # fmt: skip
+
+
+def change(preset: str, **fields: Any) -> dict[str, Any]:
+    """The published file with some fields replaced; `...` takes one away."""
+    return {name: value for name, value in {**PUBLISHED[preset], **fields}.items() if value is not ...}
+
+
 @pytest.mark.parametrize("preset", PUBLISHED)
 def test_published_files_are_the_presets(preset):
     assert configs.read(PUBLISHED[preset]) == PRESETS[preset]
+
+
+@pytest.mark.parametrize("preset", VARIANTS)
+def test_so_are_those_of_their_siblings(preset):
+    base, sizes, fields = VARIANTS[preset]
+    assert configs.read(change(base, **dict(zip(SIZES, sizes, strict=False)), **fields)) == PRESETS[preset]
+
+
+def test_no_preset_is_without_a_published_file():
+    assert set(PRESETS) == {"tiny", "small", *PUBLISHED, *VARIANTS}
 
 
 @pytest.mark.parametrize("preset", sorted(set(PRESETS) - {"tiny", "small"}))
@@ -170,7 +261,7 @@ def test_presets_return_from_what_is_written(preset):
     assert configs.read(written(PRESETS[preset])) == PRESETS[preset]
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(any_decoders)
 def test_every_switch_returns_from_what_is_written(config):
     again = configs.read(written(config))
@@ -188,11 +279,6 @@ def test_a_file_says_ids_dtype_and_length_too():
 
 
 # --- ways to say the same ---------------------------------------------------------------------------------------------
-
-
-def change(preset: str, **fields: Any) -> dict[str, Any]:
-    """The published file with some fields replaced; `...` takes one away."""
-    return {name: value for name, value in {**PUBLISHED[preset], **fields}.items() if value is not ...}
 
 
 def test_both_styles_of_rotations_are_read():
@@ -217,6 +303,11 @@ def test_legacy_names_of_a_scaling_are_read():
     assert configs.read(fields).rope == Rope(1e4, scaling="linear", factor=2.0)
     yarn = change("qwen25_7b", rope_scaling={"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768})
     assert configs.read(yarn).rope == Rope(1e6, scaling="yarn", factor=4.0, original_length=32768)
+
+
+def test_what_phi_says_beside_the_scaling_counts_more_than_what_it_says_within():
+    scaling = {**long("phi4_mini", "longrope"), "original_max_position_embeddings": 512}
+    assert configs.read(change("phi4_mini", rope_scaling=scaling)) == PRESETS["phi4_mini"]
 
 
 def test_heads_share_the_width_where_their_size_is_not_said():

@@ -70,6 +70,9 @@ def test_the_names_are_those_of_published_folders():
     assert llama["final_norm/scale"].name == "model.norm.weight"
     gemma = by_path(model("gemma2"))
     assert gemma["layers/mlp_norm/scale"].name == "model.layers.{layer}.pre_feedforward_layernorm.weight"
+    olmo = by_path(model("olmo2"))
+    assert olmo["layers/attn_post_norm/scale"].name == "model.layers.{layer}.post_attention_layernorm.weight"
+    assert olmo["layers/mlp_post_norm/scale"].name == "model.layers.{layer}.post_feedforward_layernorm.weight"
     mixtral = by_path(model("mixtral"))
     assert mixtral["layers/mlp/up/kernel"].name == "model.layers.{layer}.block_sparse_moe.experts.{expert}.w3.weight"
 
