@@ -4,7 +4,8 @@
     tokenizer.model           beside it, where the tokenizer is a SentencePiece model
     tokenizer_config.json     special tokens by their role, longest text, chat template
     special_tokens_map.json   the same roles, for older readers
-    chat_template.jinja       renders what we train on; `{% generation %}` around what is learned
+    chat_template.jinja       renders what we train on; `{% generation %}` around what is learned. A model that came
+                              with another template for tools has that one under additional_chat_templates/
     generation_config.json    the ids that end an answer
 
 What goes out is compared with what we have, on texts chosen to show a difference, before anything is returned.
@@ -26,6 +27,7 @@ from itjax.text.tokenizer import CONFIG, SPACE_MARK, HuggingFace, SentencePiece,
 log = logging.getLogger(__name__)
 
 TEMPLATE = "chat_template.jinja"
+WITH_TOOLS = f"additional_chat_templates/{TOOL_USE}.jinja"
 ROLES = ("bos_token", "eos_token", "pad_token", "unk_token")
 PROBES = (
     "The quick brown fox jumps over 12 lazy dogs, 3.14 times.",
@@ -41,7 +43,7 @@ PROBES = (
 
 
 def files(tokenizer: Tokenizer, fmt: Format | ChatTemplate, *, max_length: int) -> dict[str, bytes]:
-    """The files by name. A tokenizer that cannot be written exactly is an error that names a text."""
+    """The files by name, one of which may be in a folder. A tokenizer that cannot be written exactly is an error."""
     fmt = _named(fmt, tokenizer) if isinstance(fmt, Format) else fmt
     template = fmt.source if isinstance(fmt, ChatTemplate) else jinja_of(fmt)
     roles = _roles(tokenizer)
@@ -49,6 +51,7 @@ def files(tokenizer: Tokenizer, fmt: Format | ChatTemplate, *, max_length: int) 
         **roles,
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": max_length,
+        "model_input_names": ["input_ids", "attention_mask"],  # or callers of a model pass it a third
         "clean_up_tokenization_spaces": False,
         "chat_template": _all_templates(fmt, template),
         **_declared(tokenizer),
@@ -60,6 +63,8 @@ def files(tokenizer: Tokenizer, fmt: Format | ChatTemplate, *, max_length: int) 
         "generation_config.json": generation_config(tokenizer, fmt),
     }
     written = {name: _json(value) for name, value in found.items()} | {TEMPLATE: template.encode()}
+    if isinstance(fmt, ChatTemplate) and fmt.tool_source:
+        written[WITH_TOOLS] = fmt.tool_source.encode()
     return written | ({tokenizer.file_name: tokenizer.model} if isinstance(tokenizer, SentencePiece) else {})
 
 

@@ -44,6 +44,7 @@ HTML_NAME = re.compile(
     r"|strong|blockquote)>"
 )
 ADDED = "added_tokens.json"
+SPECIALS_MAP = "special_tokens_map.json"
 CONFIG = "special_tokens"  # of a file of ours: what `tokenizer_config.json` says beside the published one
 PROBES = (
     "Two words, 1 line.",
@@ -164,7 +165,6 @@ class SentencePiece:
         self.space_before: str = "always" if self._pieces.encode(",", out_type=str)[0].startswith(SPACE_MARK) else ""
         own = [name for name, id in self.controls.items() if not self._pieces.is_control(id)]
         self._own_controls = _any_of(own) if own else None
-        self._own_firsts = {name[0] for name in own}
 
     def __reduce__(self) -> tuple[type["SentencePiece"], tuple[bytes]]:
         return SentencePiece, (self.model,)
@@ -181,8 +181,7 @@ class SentencePiece:
 
     def encode_many(self, texts: Sequence[str], *, threads: int = 1) -> list[list[int]]:
         """The ids of each text, as SentencePiece gives them; texts that hold a space mark stay exact."""
-        raw = [_utf8(text) for text in texts]
-        ids = self._pieces.encode(raw, num_threads=threads) if raw else []
+        ids = self._pieces.encode(_all_utf8(texts), num_threads=threads) if texts else []
         for number in self._number_of_cut(texts):
             ids[number] = [id for part, processor in self._parts(texts[number]) for id in _ids_of(part, processor)]
         return ids
@@ -190,7 +189,7 @@ class SentencePiece:
     def encode_more(self, texts: Sequence[str]) -> list[list[int]]:
         if not self.space_before:
             return self.encode_many(texts)
-        ids = self._going_on.encode([_utf8(text) for text in texts], num_threads=1) if texts else []
+        ids = self._going_on.encode(_all_utf8(texts), num_threads=1) if texts else []
         for number in self._number_of_cut(texts):
             parts = self._parts(texts[number])
             ids[number] = [id for part, _ in parts for id in _ids_of(part, self._going_on)]
@@ -208,17 +207,14 @@ class SentencePiece:
 
     def _number_of_cut(self, texts: Sequence[str]) -> Iterator[int]:
         """Which texts the library cannot encode as one: they hold a space mark, or what it would take for a control."""
-        marks = bool(self._space_mark_ids)
-        if not marks and self._own_controls is None:
+        if not self._is_cut("\0".join(texts)):  # most are not, and one look is faster than many
             return
-        for number, text in enumerate(texts):
-            if (marks and not text.isascii() and SPACE_MARK in text) or self._holds_control(text):
-                yield number
+        yield from (number for number, text in enumerate(texts) if self._is_cut(text))
 
-    def _holds_control(self, text: str) -> bool:
-        if self._own_controls is None or not any(first in text for first in self._own_firsts):
-            return False
-        return self._own_controls.search(text) is not None
+    def _is_cut(self, text: str) -> bool:
+        if self._space_mark_ids and not text.isascii() and SPACE_MARK in text:
+            return True
+        return self._own_controls is not None and self._own_controls.search(text) is not None
 
     def _parts(self, text: str) -> Iterator[tuple[str | tuple[int, ...], sentencepiece.SentencePieceProcessor]]:
         """Stretches of text that are encoded one by one, and the ids that spell a space mark between them."""
@@ -374,10 +370,9 @@ class HuggingFace:
 
     def _encode(self, texts: Sequence[str], tokenizer: Any, threads: int) -> list[list[int]]:
         try:
-            if threads == 1:
-                encoded = [tokenizer.encode(text, add_special_tokens=False).ids for text in texts]
-            else:
-                encoded = [row.ids for row in tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
+            batches = [[text] for text in texts] if threads == 1 else [list(texts)]  # one text, one thread
+            rows = (row for batch in batches for row in tokenizer.encode_batch_fast(batch, add_special_tokens=False))
+            encoded = [row.ids for row in rows]
         except (TypeError, UnicodeEncodeError):
             for text in texts:
                 _utf8(text)
@@ -574,7 +569,8 @@ def _as_declared(model: bytes, folder: Path) -> bytes:
     declared = {int(id): token for id, token in config.get("added_tokens_decoder", {}).items()}
     if (folder / ADDED).is_file():
         listed = _fields((folder / ADDED).read_bytes(), str(folder / ADDED))
-        declared = {int(id): {"content": name} for name, id in listed.items()} | declared
+        special = _names_of_specials(folder)
+        declared = {int(id): {"content": name, "special": name in special} for name, id in listed.items()} | declared
     known = _processor(model, str(folder))
     changed = {}
     for id, token in declared.items():
@@ -591,6 +587,13 @@ def _as_declared(model: bytes, folder: Path) -> bytes:
     return spm.with_roles(grown, _changed_roles(config, _processor(grown, str(folder))))
 
 
+def _names_of_specials(folder: Path) -> list[str]:
+    """Special tokens without a role."""
+    path = folder / SPECIALS_MAP
+    listed = _fields(path.read_bytes(), str(path)).get("additional_special_tokens", []) if path.is_file() else []
+    return [token["content"] if isinstance(token, dict) else token for token in listed]
+
+
 def _changed_roles(config: Mapping[str, Any], known: sentencepiece.SentencePieceProcessor) -> dict[str, str]:
     """Roles that control tokens have in the files, but not in the model."""
     ids = {"bos_token": known.bos_id(), "eos_token": known.eos_id(), "pad_token": known.pad_id()}
@@ -602,7 +605,7 @@ def _changed_roles(config: Mapping[str, Any], known: sentencepiece.SentencePiece
 def _config(folder: Path) -> dict[str, Any]:
     """Special tokens by their role, and tokens that are declared beside the tokenizer."""
     fields: dict[str, Any] = {}
-    for name in ("special_tokens_map.json", "tokenizer_config.json"):
+    for name in (SPECIALS_MAP, "tokenizer_config.json"):
         if (folder / name).is_file():
             fields |= _fields((folder / name).read_bytes(), str(folder / name))
     roles = {name: fields.get(name) for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
@@ -768,6 +771,13 @@ def _utf8(text: str) -> bytes:
         raise ValueError(
             f"text: lone surrogate {text[error.start]!r} at character {error.start} is not text; remove it"
         ) from None
+
+
+def _all_utf8(texts: Sequence[str]) -> list[bytes]:
+    try:
+        return [text.encode() for text in texts]
+    except UnicodeEncodeError:
+        return [_utf8(text) for text in texts]
 
 
 def _id_or_none(id: int) -> int | None:

@@ -109,6 +109,7 @@ def test_a_models_own_template_goes_out_unchanged():
     template = ChatTemplate(source, {"eos_token": "</s>"}, controls=CHATML_CONTROLS, tool_source=source + " ")
     files = published.files(OWN, template, max_length=64)
     assert files["chat_template.jinja"].decode() == source
+    assert files["additional_chat_templates/tool_use.jinja"].decode() == source + " "
     named = json.loads(files["tokenizer_config.json"])["chat_template"]
     assert [entry["name"] for entry in named] == ["default", "tool_use"]
 

@@ -392,7 +392,10 @@ def test_a_sentencepiece_folder_has_the_tokens_its_files_declare(tmp_path, token
     """As chat models that were made from a SentencePiece model publish them: ids behind the last piece."""
     (tmp_path / "tokenizer.model").write_bytes(tokenizer.model)
     last = tokenizer.size
-    (tmp_path / "added_tokens.json").write_text(json.dumps({"<|assistant|>": last + 1, "<|end|>": last + 7}))
+    (tmp_path / "added_tokens.json").write_text(
+        json.dumps({"<|assistant|>": last + 1, "TOOL": last + 4, "<|end|>": last + 7})
+    )
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps({"additional_special_tokens": ["TOOL"]}))
     config = {
         "eos_token": "<|endoftext|>",
         "bos_token": {"content": "<s>"},
@@ -405,7 +408,7 @@ def test_a_sentencepiece_folder_has_the_tokens_its_files_declare(tmp_path, token
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     opened = tokenizer_module.open(tmp_path)
     assert (opened.size, opened.bos, opened.eos) == (last + 8, 2, last)
-    assert [opened.control(name) for name in ("<|assistant|>", "<|end|>")] == [last + 1, last + 7]
+    assert [opened.control(name) for name in ("<|assistant|>", "TOOL", "<|end|>")] == [last + 1, last + 4, last + 7]
     assert opened.encode(f"a{SPACES}b")[1:-1] == [
         last + 2
     ]  # what is added and no control is one token wherever it stands
