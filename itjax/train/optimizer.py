@@ -403,7 +403,7 @@ def _factor_axes(path: str, shape: Sequence[int], names: Sequence[Any], kept: Se
     sides, of_sides = viewed[stacked:], (names[stacked], names[stacked + inputs])
     if tuple(kept) == viewed:
         return P(*leading, *of_sides[: len(sides)])
-    if tuple(kept[:-1]) != viewed[:stacked] or kept[-1] not in sides:
+    if len(kept) != stacked + 1 or tuple(kept[:-1]) != viewed[:stacked] or kept[-1] not in sides:
         return P()
     side = sides.index(kept[-1]) if len(set(sides)) == len(sides) else int(field == ".v_col")
     return P(*leading, of_sides[side])
