@@ -14,16 +14,17 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 
 from itjax.base import tree
-from itjax.models import dispatch
+from itjax.models import dispatch, lora, quantize
 from itjax.models.activations import gated
 from itjax.models.config import Experts, ModelConfig
 from itjax.models.dispatch import Groups, Routes
-from itjax.models.layers import Draws, Options, draw
+from itjax.models.layers import Draws, Options, Quantized, draw, draw_a, drop, kept
 from itjax.parallel import layout
 from itjax.parallel.layout import pin
 
 Aux = dict[str, jax.Array]
 ROWS = PartitionSpec("batch", "length", None)
+KEEP = ("experts", "ffn")  # dimensions of kernels that stay split where they are used
 
 
 class Facts(NamedTuple):
@@ -52,7 +53,8 @@ class Router(nnx.Module):
 class ExpertProjection(nnx.Module):
     """One linear layer of every expert: y = x · kernel[e] + bias[e] for the rows that belong to expert e.
 
-    `place` is where it stands in the tree of parameters, as in `layers.Projection`.
+    `place` is where it stands in the tree of parameters, and adapters and quantised kernels are as in `layers.Projection`:
+    with an adapter, every expert has its own.
     """
 
     def __init__(
@@ -66,17 +68,41 @@ class ExpertProjection(nnx.Module):
         options: Options,
         bias: bool,
     ) -> None:
-        E, inputs, outputs = shape
-        self.kernel = nnx.Param(draw(key, shape, fan_in=inputs) * gain, axes=axes)
+        (E, inputs, outputs), self.lora = shape, options.lora
+        kind = lora.stored(options.lora, options.base, place)
+        self.kernel = kept(draw(key, shape, fan_in=inputs) * gain, axes, kind=kind, contract=1, lead=1)
         self.bias = nnx.Param(jnp.zeros((E, outputs)), axes=(axes[0], axes[2])) if bias else None
+        adapts = lora.adapts(options.lora, place)
+        if adapts and options.lora.dora:
+            raise ValueError(
+                f"lora.dora: {place} is of experts, whose columns are not measured; set lora.targets to others"
+            )
+        a_axes, b_axes, rank = (axes[0], axes[1], "rank"), (axes[0], "rank", axes[2]), options.lora.rank
+        drawn_a = draw_a(jax.random.fold_in(key, 1), (E, inputs, rank), fan_in=inputs)
+        self.lora_a = nnx.Param(drawn_a, axes=a_axes) if adapts else None
+        self.lora_b = nnx.Param(jnp.zeros((E, rank, outputs)), axes=b_axes) if adapts else None
 
     def __call__(self, x_MI: jax.Array, groups: Groups, draws: Draws, *, parts: int = 1) -> jax.Array:
         """`parts`: of the inputs, on as many devices, whose results are added up; each adds its part of the bias."""
-        y_MO = groups.product(x_MI, self.kernel[...].astype(x_MI.dtype))
+        y_MO = self._base(x_MI, groups)
+        if self.lora_a is not None and self.lora_b is not None:
+            a_EIr, b_ErO = self.lora_a[...].astype(x_MI.dtype), self.lora_b[...].astype(x_MI.dtype)
+            read_Mr = groups.product(drop(x_MI, self.lora.dropout, draws), a_EIr)
+            y_MO += groups.product(read_Mr, b_ErO) * lora.scale(self.lora)
         if self.bias is not None:
             bias_E1O = (self.bias[...] / parts).astype(x_MI.dtype)[:, None]
             y_MO += groups.product(jnp.ones_like(x_MI[:, :1]), bias_E1O)
         return y_MO
+
+    def _base(self, x_MI: jax.Array, groups: Groups) -> jax.Array:
+        if not isinstance(self.kernel, Quantized):
+            return groups.product(x_MI, self.kernel[...].astype(x_MI.dtype))
+
+        @jax.checkpoint  # the backward pass makes the kernels again from their codes: nothing of their size is kept
+        def product(x_MI: jax.Array, leaves: quantize.Leaves) -> jax.Array:
+            return groups.product(x_MI, quantize.dequantize(leaves, x_MI.dtype))
+
+        return product(x_MI, self.kernel.leaves())
 
 
 class Mixture(nnx.Module):
@@ -128,11 +154,13 @@ class Mixture(nnx.Module):
         graphs, states = zip(*(nnx.split(part) for part in (self.gate, self.up, self.down)), strict=True)
         leaves, names = [nnx.to_pure_dict(state) for state in states], [_names(state) for state in states]
         shapes = jax.tree.map(lambda leaf: leaf.shape, leaves)
+        for part, names_of_part in zip(leaves, names, strict=True):
+            _check_scales(part, names_of_part, KEEP)
         ways = dispatch.ways(rows=x_BTD.shape[0], experts=self.experts.number, width=self.width)
         capacity = None if routes.slots_BTC is None else self._capacity(x_BTD.shape[1])
 
         def on_device(x_BTD: jax.Array, routes: Routes, leaves: list[Any], key: jax.Array | None) -> jax.Array:
-            whole = layout.gather(_cast(leaves, x_BTD.dtype), names, shapes, keep=("experts", "ffn"))
+            whole = layout.gather([_cast(part, x_BTD.dtype) for part in leaves], names, shapes, keep=KEEP)
             gate, up, down = (nnx.merge(graph, part) for graph, part in zip(graphs, whole, strict=True))
             own = Draws(None if key is None else ways.own(key))
 
@@ -211,6 +239,23 @@ def _names(state: nnx.State) -> dict[str, Any]:
     return tree.unflatten(axes)
 
 
-def _cast(leaves: Any, dtype: jnp.dtype) -> Any:
-    """Numbers in the type that products are made in, before they travel. Those of quantised kernels stay as they are."""
-    return jax.tree.map(lambda x: x.astype(dtype) if x.dtype == jnp.float32 else x, leaves)
+def _cast(leaves: dict[str, Any], dtype: jnp.dtype) -> dict[str, Any]:
+    """Numbers in the type that products are made in, before they travel; scales of quantised kernels as they are."""
+    flat = tree.flatten(leaves)
+    small = {path for path, leaf in flat.items() if leaf.dtype == jnp.float32 and not path.endswith("scales")}
+    return tree.unflatten({path: leaf.astype(dtype) if path in small else leaf for path, leaf in flat.items()})
+
+
+def _check_scales(leaves: dict[str, Any], names: dict[str, Any], keep: tuple[str, ...]) -> None:
+    """Codes and scales must be split alike where each device makes numbers of its own part."""
+    if not isinstance(leaves["kernel"], dict):
+        return
+    codes, scales = leaves["kernel"]["codes"], leaves["kernel"]["scales"]
+    axes = tuple(names["kernel"]["codes"])
+    splits = zip(axes, layout.split(axes, codes.shape), layout.split(axes, scales.shape), scales.shape, strict=True)
+    for name, ways, other, blocks in splits:
+        if name in keep and blocks > 1 and ways != other:
+            raise ValueError(
+                f"parallel.{ways[-1]}: {layout.scope()[ways[-1]]} devices do not divide the {blocks} blocks of an expert's "
+                "nf4 kernel; take lora.base=int8, or fewer devices"
+            )

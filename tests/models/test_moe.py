@@ -14,8 +14,8 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 from itjax.base import tree
-from itjax.base.schema import Parallel
-from itjax.models import dispatch, moe
+from itjax.base.schema import Lora, Parallel
+from itjax.models import dispatch, moe, quantize
 from itjax.models.config import Experts, ModelConfig
 from itjax.models.layers import Draws, Options
 from itjax.models.moe import Facts, Mixture
@@ -176,7 +176,7 @@ def test_all_tokens_to_one_expert_are_all_answered():
 def test_decoding_gives_the_answers_of_training_and_no_sums():
     graph, params, _ = parts()
     facts = documents([[T]] * B)
-    y_BTD, aux = nnx.merge(graph, params)(X_BTD[:, :1], Draws(), None)
+    y_BTD, aux = jax.jit(lambda params, x: nnx.merge(graph, params)(x, Draws(), None))(params, X_BTD[:, :1])
     np.testing.assert_allclose(y_BTD, outcome(facts=facts)[0][:, :1], atol=1e-5)
     assert aux == {}
 
@@ -334,3 +334,72 @@ def test_every_mesh_says_the_same_and_xla_never_rematerializes_an_array_to_lay_i
         error = np.abs(got[path] - expected).max() / max(np.abs(expected).max(), 1e-30)
         assert error < 1e-5, (path, error)
     assert "rematerialization" not in capfd.readouterr().err
+
+
+# --- adapters and quantised kernels -----------------------------------------------------------------------------------
+
+
+def adapted(options: Options, config: ModelConfig = CONFIG):
+    """A mixture whose adapters say something, as (graph, parameters, names)."""
+    graph, state = nnx.split(Mixture(config, iter(jax.random.split(jax.random.key(0), 4)), options))
+    flat = tree.flatten(nnx.to_pure_dict(state))
+    drawn = {
+        path: 0.3 * numbers(*leaf.shape, seed=n) for n, (path, leaf) in enumerate(flat.items()) if "lora_b" in path
+    }
+    return graph, tree.unflatten({**flat, **drawn}), moe._names(state)
+
+
+def merged(params, scale: float):
+    """The same kernels in float32, each expert with its adapter in it."""
+    plain = {"router": {"kernel": params["router"]["kernel"]}}
+    for name in ("gate", "up", "down"):
+        part = params[name]
+        kernel = part["kernel"]
+        kernel = quantize.dequantize(kernel, jnp.float32) if isinstance(kernel, dict) else kernel
+        plain[name] = {"kernel": kernel + scale * jnp.einsum("EIr,ErO->EIO", part["lora_a"], part["lora_b"])}
+    return plain
+
+
+@pytest.mark.parametrize("base", ["float32", "int8", "nf4"])
+def test_every_expert_has_an_adapter_of_its_own_over_any_base(base):
+    graph, params, _ = adapted(Options(Lora(rank=4, alpha=8.0), base=base))
+    y_BTD, _ = jax.jit(lambda params, x: nnx.merge(graph, params)(x, Draws(), None))(params, X_BTD)
+    expected, *_ = outcome(params=merged(params, scale=2.0), facts=documents([[T]] * B))
+    np.testing.assert_allclose(y_BTD, expected, atol=2e-5)
+
+
+def test_adapters_over_quantised_experts_have_the_same_gradient_on_a_mesh():
+    options = Options(Lora(rank=4, alpha=8.0), base="int8")
+    graph, params, names = adapted(options)
+    is_adapter = {path: "lora" in path for path in tree.flatten(params)}
+    moving = {path: leaf for path, leaf in tree.flatten(params).items() if is_adapter[path]}
+    frozen = {path: leaf for path, leaf in tree.flatten(params).items() if not is_adapter[path]}
+
+    def loss(moving, frozen, x_BTD, dy_BTD):
+        y_BTD, _ = nnx.merge(graph, tree.unflatten({**moving, **frozen}))(x_BTD, Draws(), None)
+        return (y_BTD * dy_BTD).sum()
+
+    expected = jax.jit(jax.grad(loss))(moving, frozen, X_BTD, DY_BTD)
+    mesh = mesh_for(Parallel(data=1, fsdp=2, expert=2, tensor=2))
+    with jax.set_mesh(mesh):
+        placed = tree.flatten(jax.device_put(params, layout.shardings(names, mesh, params)))
+        split = ({path: leaf for path, leaf in placed.items() if is_adapter[path] == side} for side in (True, False))
+        got = jax.device_get(jax.jit(jax.grad(loss))(*split, X_BTD, DY_BTD))
+    for path, leaf in expected.items():
+        np.testing.assert_allclose(got[path], leaf, atol=1e-5 * float(np.abs(leaf).max()), err_msg=path)
+
+
+def test_adapters_that_cannot_be_are_refused():
+    with pytest.raises(ValueError, match=r"lora.dora: layers/mlp/gate is of experts"):
+        adapted(Options(Lora(rank=4, dora=True)))
+    adapted(Options(Lora(rank=4, dora=True, targets=("layers/attn/*",))))
+
+
+def test_blocks_of_scales_that_devices_do_not_divide_are_an_error():
+    config = dataclasses.replace(CONFIG, ffn=192)  # 3 blocks of 64 inputs in `down`
+    graph, params, _ = adapted(Options(Lora(rank=4), base="nf4"), config)
+    with (
+        jax.set_mesh(mesh_for(Parallel(data=4, tensor=2))),
+        pytest.raises(ValueError, match=r"parallel.tensor: 2 devices do not divide the 3 blocks"),
+    ):
+        nnx.merge(graph, params)(jnp.asarray(X_BTD), Draws(), None)
