@@ -144,6 +144,7 @@ def contradictions(run: schema.Run) -> None:
     _contradictions_of_mixture(run.mixture, run.sources, place="config", others=bool(run.files))
     _contradictions_of_limits(run)
     _contradictions_of_adapters(run)
+    contradictions_of_optimizer(run.optimizer)
     axes = [
         field.name
         for field in dataclasses.fields(schema.Parallel)
@@ -168,6 +169,25 @@ def _contradictions_of_adapters(run: schema.Run) -> None:
             f"config.lora.base: {run.lora.base!r} is how a frozen base is kept, and with lora.rank=0 all of it is trained; "
             "set a rank, or leave base at 'auto'"
         )
+
+
+def contradictions_of_optimizer(config: schema.Optimizer) -> None:
+    """Raises Fault for settings of an optimizer that are fine alone and wrong together."""
+    place = "config.optimizer"
+    if config.moments != "float32" and config.kind != "adamw":
+        raise Fault(
+            f"{place}.moments: {config.moments!r} has no effect with kind={config.kind!r}; set kind='adamw' or leave it out"
+        )
+    if config.kind == "schedule_free_adamw" and not config.b1:
+        raise Fault(f"{place}.b1: 0, and it is the share of the average that schedule-free trains at; set e.g. 0.9")
+    if config.kind == "schedule_free_adamw" and config.average:
+        raise Fault(
+            f"{place}.average: {config.average:g}, but schedule_free_adamw evaluates an average of its own; set 0"
+        )
+    for name, rules in (("rates", config.rates), ("decays", config.decays)):
+        for pattern, value in rules.items():
+            if not 0 <= value < math.inf:
+                raise Fault(f"{place}.{name}[{pattern!r}]: {value:g} is out of range; it must be at least 0")
 
 
 def _contradictions_of_sources(sources: Mapping[str, schema.Source], *, path: str) -> None:

@@ -17,7 +17,7 @@ import optax
 from jax.sharding import PartitionSpec as P
 
 from itjax.base import tree
-from itjax.base.freeze import Fault, nearest
+from itjax.base.freeze import Fault, contradictions_of_optimizer, nearest
 from itjax.base.schema import Optimizer
 from itjax.models.model import Axes, Params
 from itjax.train import moments
@@ -73,32 +73,13 @@ def make(config: Optimizer, *, seed: int = 0) -> Tx:
     `seed` is for moments that are rounded at random. Raises Fault for settings that do not go together, and, when the
     state is made, for a pattern that fits no parameter.
     """
-    contradictions(config)
+    contradictions_of_optimizer(config)
     clip = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm else []
     after = _decay(config) + _rates(config)
     if config.kind == "schedule_free_adamw":
         rms = optax.scale_by_rms(config.b2, config.eps, eps_in_sqrt=False, bias_correction=True)
         return optax.chain(*clip, schedule_free(optax.chain(rms, *after), b1=config.b1))
     return optax.chain(*clip, KINDS[config.kind](config, seed), *after)
-
-
-def contradictions(config: Optimizer) -> None:
-    """Raises Fault for settings that are fine alone and wrong together."""
-    place = "config.optimizer"
-    if config.moments != "float32" and config.kind != "adamw":
-        raise Fault(
-            f"{place}.moments: {config.moments!r} has no effect with kind={config.kind!r}; set kind='adamw' or leave it out"
-        )
-    if config.kind == "schedule_free_adamw" and not config.b1:
-        raise Fault(f"{place}.b1: 0, and it is the share of the average that schedule-free trains at; set e.g. 0.9")
-    if config.kind == "schedule_free_adamw" and config.average:
-        raise Fault(
-            f"{place}.average: {config.average:g}, but schedule_free_adamw evaluates an average of its own; set 0"
-        )
-    for name, rules in (("rates", config.rates), ("decays", config.decays)):
-        for pattern, value in rules.items():
-            if not 0 <= value < math.inf:
-                raise Fault(f"{place}.{name}[{pattern!r}]: {value:g} is out of range; it must be at least 0")
 
 
 def _adamw(config: Optimizer, seed: int) -> Tx:
