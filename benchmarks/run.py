@@ -28,7 +28,7 @@ SUITES = {  # name -> modules whose results it has
     "tokenizer": ("tokenizer",),
 }
 WIDTH = 110  # of the table
-PACKAGES = ("numpy", "jax", "jaxlib", "flax", "grain", "optax")
+PACKAGES = ("numpy", "jax", "jaxlib", "flax", "grain", "optax", "sentencepiece", "tokenizers")
 
 
 def main() -> None:
