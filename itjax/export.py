@@ -19,13 +19,13 @@ from absl import flags
 from jax.sharding import Mesh
 
 from itjax import cli, parts
-from itjax.base import freeze, schema
+from itjax.base import freeze, schema, tree
 from itjax.base.files import write_whole
 from itjax.base.freeze import Fault
 from itjax.base.records import Message, PackedBatch
 from itjax.data.encode import Encoding
 from itjax.data.prepare import Data
-from itjax.hub import configs, folder, names, tensors, weights
+from itjax.hub import adapters, configs, folder, names, tensors, weights
 from itjax.hub.folder import Folder
 from itjax.models import lora
 from itjax.models.config import ModelConfig
@@ -138,7 +138,10 @@ def export(settings: Settings, *, say: Say) -> None:
     with folder.new(settings.out) as building:
         trained = restored(settings)
         with jax.set_mesh(trained.mesh):
-            write_model(trained, building, settings, say=say)
+            if settings.adapter:
+                write_adapter(trained, building, say=say)
+            else:
+                write_model(trained, building, settings, say=say)
     say(f"done     step {trained.step} of {settings.run_dir} is in {settings.out}")
 
 
@@ -146,8 +149,13 @@ def export(settings: Settings, *, say: Say) -> None:
 
 
 def restored(settings: Settings) -> Trained:
-    """The parameters of a checkpoint in float32 on this machine's devices, and what the run says of them."""
+    """The parameters of a checkpoint in float32 on this machine's devices, and what the run says of them.
+
+    The base of adapters, which no checkpoint has, is read or drawn again where it is needed.
+    """
     run, step = _run(settings.run_dir), _step(settings)
+    if settings.adapter and not run.lora.rank:
+        raise Fault(f"--adapter: {settings.run_dir} trained no adapters; export its whole model without the flag")
     pieces = tokenizer.open(settings.run_dir)
     mesh, began = mesh_for(run.parallel), parts.model_folder(run)
     config = parts.model_config(run, cast(Data, SimpleNamespace(tokenizer=pieces)), began)
@@ -163,7 +171,7 @@ def restored(settings: Settings) -> Trained:
     with jax.set_mesh(mesh):
         found = checkpoint.restore_part(_checkpoints(settings), step, wanted)
         frozen: Params = {}
-        if like.frozen:
+        if like.frozen and not settings.adapter:
             built = cast(parts.Parts, SimpleNamespace(config=config, mesh=mesh, folder=began))  # no rows are read
             frozen = loop.first_frozen(run, model, compiled, parts.weights(run, built, pieces.size))
         state = TrainState(step, found.get("params", {}), frozen, found.get("opt_state", ()), found.get("average", {}))
@@ -216,19 +224,20 @@ def write_model(trained: Trained, out: Path, settings: Settings, *, say: Say) ->
     """The whole folder, read again and compared before this returns."""
     prompts = prompts_of(trained.format, trained.tokenizer)
     rows = np.stack([np.resize(ids[:COMPARED], COMPARED) for ids in prompts]).astype(np.int32)
-    own = logits(trained.model, trained.params, rows)
+    own = reads(trained.model, rows)(trained.params)
     config, params = plain(trained, say=say)
     write_text(trained, config, out, dtype=settings.dtype)
     again = Folder.open(out)
     model = build(again.config, dtype="float32", attention="auto", remat="none")
-    whole = logits(model, params, rows)
+    logits = reads(model, rows)
+    whole = logits(params)
     params = rounded(params, settings.dtype)
-    written = logits(model, params, rows)
+    written = logits(params)
     weights.save(out, params, names.entries(again.config), dtype=settings.dtype, shard_bytes=settings.shard_bytes)
     del params
     _check_prompts(prompts, again)
-    loaded = again.load(located(model, trained.mesh))
-    _check_logits(own, whole, written, logits(model, loaded, rows), num_ids=trained.tokenizer.size)
+    read = logits(again.load(located(model, trained.mesh)))
+    _check_logits(own, whole, written, read, num_ids=trained.tokenizer.size)
     files = sorted(out.glob("*.safetensors"))
     size, largest = sum(file.stat().st_size for file in files), float(jnp.abs(own[..., : trained.tokenizer.size]).max())
     say(f"weights  {size / 1e6:,.1f} MB in {settings.dtype}, {len(files)} file{'s' if len(files) > 1 else ''}")
@@ -272,16 +281,16 @@ def located(model: Model, mesh: Mesh) -> Params:
 
 
 def rounded(params: Params, dtype: str) -> Params:
-    """The parameters with the precision of a dtype; they stay float32."""
+    """The parameters with the precision of a dtype, in place; they stay float32."""
     precision = jnp.finfo(dtype)
     if precision.nmant >= jnp.finfo(jnp.float32).nmant:
         return params
 
-    @jax.jit
-    def one(leaf: jax.Array) -> jax.Array:
-        return jax.lax.reduce_precision(leaf, precision.nexp, precision.nmant)
+    def as_kept(params: Params) -> Params:
+        return jax.tree.map(lambda leaf: jax.lax.reduce_precision(leaf, precision.nexp, precision.nmant), params)
 
-    return jax.tree.map(one, params)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, params)
+    return jax.jit(as_kept, donate_argnums=0, out_shardings=shardings)(params)
 
 
 def write_text(trained: Trained, config: ModelConfig, out: Path, *, dtype: str) -> None:
@@ -297,6 +306,31 @@ def write_text(trained: Trained, config: ModelConfig, out: Path, *, dtype: str) 
     }
     for name, content in found.items():
         write_whole(out / name, content)
+
+
+def write_adapter(trained: Trained, out: Path, *, say: Say) -> None:
+    """The adapters as PEFT reads them, with the tokenizer beside them; read again and compared before this returns."""
+    run, config, began = trained.run, trained.model.config, trained.folder
+    if began is None:
+        raise Fault(
+            f"--adapter: {run.run_dir} began with numbers from the seed, so there is no base to adapt; leave it out"
+        )
+    if config.vocab != began.config.vocab:
+        raise Fault(
+            f"--adapter: {began.path} has {began.config.vocab} rows and the run {config.vocab}, as config.new_tokens grew "
+            "it; export the merged model, without the flag"
+        )
+    adapters.write_peft(out, trained.params, run.lora, config, base=str(began.path.absolute()))
+    for name, content in published.files(trained.tokenizer, trained.format, max_length=run.length).items():
+        if name != folder.GENERATION:
+            write_whole(out / name, content)
+    settings, leaves = adapters.read_peft(out, config)
+    ours = tree.flatten(trained.params)
+    differ = [path for path, leaf in ours.items() if not np.array_equal(leaf, leaves.get(path, np.empty(0)))]
+    if differ or lora.scale(settings) != lora.scale(run.lora):
+        raise RuntimeError(f"the folder's adapters differ: {differ or settings}")
+    size = (out / adapters.WEIGHTS).stat().st_size
+    say(f"adapters {size / 1e6:,.1f} MB in float32, for {began.path}; read again: the same to the last bit")
 
 
 # --- the proof --------------------------------------------------------------------------------------------------------
@@ -323,16 +357,12 @@ def _check_prompts(prompts: list[list[int]], again: Folder) -> None:
         raise RuntimeError(f"the folder's prompts have other ids: {pairs or (len(prompts), len(read))}")
 
 
-def logits(model: Model, params: Params, tokens_BT: np.ndarray) -> jax.Array:
-    """float32 logits_BTV."""
-
-    @jax.jit
-    def run(params: Params, batch: PackedBatch) -> jax.Array:
-        return model.unembed(params, model.features(params, batch).x_BTD)
-
+def reads(model: Model, tokens_BT: np.ndarray) -> Callable[[Params], jax.Array]:
+    """Parameters to float32 logits_BTV of these rows; compiled once for all that are asked about."""
     B, T = tokens_BT.shape
     ones, positions = np.ones((B, T), np.int32), np.tile(np.arange(T, dtype=np.int32), (B, 1))
-    return run(params, PackedBatch(tokens_BT, tokens_BT, ones, positions, ones.astype(np.float32), ones))
+    batch = PackedBatch(tokens_BT, tokens_BT, ones, positions, ones.astype(np.float32), ones)
+    return jax.jit(lambda params: model.unembed(params, model.features(params, batch).x_BTD))
 
 
 def _check_logits(own: jax.Array, whole: jax.Array, written: jax.Array, read: jax.Array, *, num_ids: int) -> None:
