@@ -21,9 +21,9 @@ from benchmarks import SEED, measured
 from itjax.text.tokenizer import HuggingFace, SentencePiece, Tokenizer, train
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
-TURNS = 7
+TURNS = 21
 VOCABULARY = 8192
-TEXTS = 2_500
+TEXTS = 1_200
 LONG = 6_000_000
 THREADS = os.cpu_count() or 1
 
@@ -129,7 +129,7 @@ def parallel(on: bool) -> Iterator[None]:
 
 def real_texts() -> Iterator[str]:
     """Questions and their solutions, and messages of people."""
-    questions = (DATA / "gsm8k" / "train.jsonl").read_text().splitlines()[:1250]
+    questions = (DATA / "gsm8k" / "train.jsonl").read_text().splitlines()[:600]
     yield from (text for line in questions for text in json.loads(line).values() if isinstance(text, str))
     for line in (DATA / "oasst" / "en_100_tree.jsonl").read_text().splitlines():
         yield from messages(json.loads(line)["prompt"])
