@@ -372,10 +372,13 @@ def _settings(fields: Mapping[str, Any], place: Path) -> Lora:
     rank, alpha = fields.get("r"), fields.get("lora_alpha")
     if type(rank) is not int or rank < 1 or not isinstance(alpha, int | float) or not alpha > 0:
         raise ValueError(f"{place}: r and lora_alpha: {rank!r} and {alpha!r}; both should be numbers above 0")
+    dropout = fields.get("lora_dropout") or 0.0
+    if not isinstance(dropout, int | float) or not 0 <= dropout < 1:
+        raise ValueError(f"{place}: lora_dropout: {dropout!r}; it should be a number from 0 and below 1")
     return Lora(
         rank=rank,
         alpha=float(alpha),
-        dropout=float(fields.get("lora_dropout") or 0.0),
+        dropout=float(dropout),
         rank_stabilized=bool(fields.get("use_rslora")),
         dora=bool(fields.get("use_dora")),
     )
@@ -422,7 +425,13 @@ def _own(written: Lora, name: str, fields: Mapping[str, Any], *, rank: int) -> L
     """The rank and alpha of one module: patterns are regular expressions for the end of its name."""
     alpha = written.alpha
     for pattern, value in (fields.get("alpha_pattern") or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", name):
+        try:
+            fits = re.match(rf"(.*\.)?({pattern})$", name) is not None
+        except re.error as error:
+            raise ValueError(f"{CONFIG}: alpha_pattern: {pattern!r}: {error}; give a regular expression") from None
+        if not isinstance(value, int | float) or not value > 0:
+            raise ValueError(f"{CONFIG}: alpha_pattern: {pattern!r}: {value!r} should be a number above 0")
+        if fits:
             alpha = float(value)
             break
     return dataclasses.replace(written, rank=rank, alpha=alpha)

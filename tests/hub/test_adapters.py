@@ -205,6 +205,9 @@ def test_embedding_and_norms_travel_as_whole_modules_and_a_tied_head_with_the_em
         ({"layers_to_transform": [0]}, "layers_to_transform"),
         ({"r": 0}, "r and lora_alpha: 0 and 6"),
         ({"lora_alpha": None}, "r and lora_alpha: 3 and None"),
+        ({"lora_dropout": 1.0}, "lora_dropout: 1.0"),
+        ({"alpha_pattern": {"(": 3}}, r"alpha_pattern: '\('.*regular expression"),
+        ({"alpha_pattern": {"q_proj": "6"}}, "alpha_pattern: 'q_proj': '6' should be a number"),
     ],
 )
 def test_settings_that_would_change_the_result_are_refused(tmp_path, change, message):
