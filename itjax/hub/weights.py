@@ -201,7 +201,8 @@ def check(
     for lie in lay.values():
         for name in lie.names():
             wanted |= {full: (lie.entry, shape, dtypes) for full, shape, dtypes in _expected(name, lie)}
-    wanted |= {entry.name: (entry, (), tuple(tensors.FLOATS)) for entry in repeats if entry.name in found}
+    repeated = [entry for entry in repeats if entry.name in found]
+    wanted |= {entry.name: (entry, lay[entry.path].theirs, tuple(tensors.FLOATS)) for entry in repeated}
     for name, (entry, shape, dtypes) in wanted.items():
         if fault := _fault(entry, shape, dtypes, found.get(name)):
             faults[name] = fault
@@ -227,15 +228,13 @@ def _expected(name: str, lie: Lie) -> list[tuple[str, tuple[int, ...], tuple[str
 
 
 def _fault(entry: Entry, shape: tuple[int, ...], dtypes: tuple[str, ...], tensor: Tensor | None) -> str:
-    """What is wrong with a tensor; nothing where it fits."""
+    """What is wrong with a tensor; nothing where it fits. A table may have fewer rows than ours."""
     if tensor is None:
         return f"have none, want {list(shape)}"
     if tensor.dtype not in dtypes:
         return f"have {_words(tensor)}, want one of {', '.join(dtypes)}; other numbers are not read"
-    fewer_rows = (
-        entry.path in TABLES and tensor.shape[1:] == shape[1:] and 0 < tensor.shape[0] <= shape[0] if shape else True
-    )
-    return "" if tensor.shape == shape or fewer_rows else f"have {_words(tensor)}, want {list(shape)}"
+    grows = entry.path in TABLES and tensor.shape[1:] == shape[1:] and 0 < tensor.shape[0] <= shape[0]
+    return "" if grows or tensor.shape == shape else f"have {_words(tensor)}, want {list(shape)}"
 
 
 def _words(tensor: Tensor) -> str:
@@ -432,17 +431,16 @@ def save(
     entries: Sequence[Entry],
     *,
     dtype: str,
-    rows: int | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Writes the parameters into a folder as safetensors, in shards of at most `shard_bytes` where a tensor is not larger.
 
     Every process calls this; the first one writes. The host holds one tensor at a time. `dtype` is of all tensors:
-    float64, float32, float16 or bfloat16. `rows` of the embedding and the head are written, None: all.
+    float64, float32, float16 or bfloat16.
     """
     leaves = tree.flatten(params)
     code = code_of(dtype)
-    shapes = {entry.path: _cut(entry.path, leaves[entry.path].shape, rows) for entry in entries}
+    shapes = {entry.path: leaves[entry.path].shape for entry in entries}
     homes = _homes(lies(entries, shapes))
     theirs = {name: parts[0][0].theirs for name, parts in homes.items()}
     files = _files(theirs, tensors.WIDTHS[code], shard_bytes)
@@ -466,13 +464,6 @@ def code_of(dtype: str) -> str:
         if name == dtype:
             return code
     raise ValueError(f"dtype: {dtype!r} is not written; choose one of {', '.join(map(str, tensors.CODES))}")
-
-
-def _cut(path: str, shape: tuple[int, ...], rows: int | None) -> tuple[int, ...]:
-    if path not in TABLES or rows is None:
-        return shape
-    assert rows <= shape[0], (path, rows, shape)
-    return (rows, *shape[1:])
 
 
 def _homes(lay: Mapping[str, Lie]) -> dict[str, list[tuple[Lie, tuple[int, ...]]]]:

@@ -17,6 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 from itjax.base import schema, tree
 from itjax.hub import tensors, weights
+from itjax.hub.mxfp4 import mxfp4
 from itjax.hub.names import Entry
 from itjax.hub.tensors import Reader
 from itjax.parallel import layout
@@ -350,14 +351,6 @@ def test_rows_without_an_id_stay_as_the_folder_has_them(tmp_path):
     np.testing.assert_array_equal(table[16:], 0)
 
 
-def test_rows_can_be_cut_when_they_are_written(tmp_path):
-    values = drawn(LLAMA)
-    weights.save(tmp_path, tree.unflatten(jax.tree.map(jnp.asarray, values)), entries(LLAMA), dtype="float32", rows=13)
-    read = oracle.load_file(tmp_path / "model.safetensors")
-    np.testing.assert_array_equal(read["model.embed_tokens.weight"], values["embed/kernel"][:13])
-    np.testing.assert_array_equal(read["lm_head.weight"], values["head/kernel"][:13])
-
-
 # --- a base that is kept otherwise ------------------------------------------------------------------------------------
 
 
@@ -389,6 +382,31 @@ def test_a_kernel_can_be_kept_as_something_made_of_each_layer(tmp_path, parallel
     for path, leaf in below.items():
         assert loaded[path].sharding.is_equivalent_to(leaf.sharding, leaf.ndim)
         assert loaded[path].dtype == leaf.dtype
+
+
+@pytest.mark.parametrize("parallel", MESHES, ids=["copies", "fsdp", "all"])
+def test_four_bits_are_unpacked_wherever_devices_cut_them(tmp_path, parallel):
+    """Rows of 64 inputs are two groups of 32 with a scale each; eight devices keep 8 inputs each."""
+    width, axes = 64, ("layers", "experts", "embed", "ffn")
+    packed = {"contract": 1, "experts": True, "packed": True}
+    table = [
+        leaf("embed/kernel", (V, width), ("vocab", "embed"), "wte"),
+        leaf("layers/mlp/gate/kernel", (L, E, width, F), axes, "h.{layer}.gate_up", part=slice(0, None, 2), **packed),
+        leaf("layers/mlp/up/kernel", (L, E, width, F), axes, "h.{layer}.gate_up", part=slice(1, None, 2), **packed),
+    ]
+    rng = np.random.default_rng(0)
+    found, wanted = {"wte": rng.normal(size=(V, width)).astype(np.float32)}, np.zeros((L, E, 2 * F, width), np.float32)
+    for layer in range(L):
+        blocks = rng.integers(0, 256, (E, 2 * F, width // 32, 16), np.uint8)
+        scales = rng.integers(120, 130, (E, 2 * F, width // 32), np.uint8)
+        found |= {f"h.{layer}.gate_up_blocks": blocks, f"h.{layer}.gate_up_scales": scales}
+        wanted[layer] = mxfp4(blocks, scales)
+    oracle.save_file(found, tmp_path / "model.safetensors")
+    like_ = tree.flatten(like(table, parallel))
+    like_["embed/kernel"] = jax.ShapeDtypeStruct((V, width), jnp.float32, sharding=like_["embed/kernel"].sharding)
+    loaded = tree.flatten(weights.load(tmp_path, entries(table), tree.unflatten(like_)))
+    np.testing.assert_array_equal(loaded["layers/mlp/gate/kernel"], wanted[:, :, 0::2].swapaxes(2, 3))
+    np.testing.assert_array_equal(loaded["layers/mlp/up/kernel"], wanted[:, :, 1::2].swapaxes(2, 3))
 
 
 def test_leaves_without_a_sharding_lie_on_one_device(tmp_path):
