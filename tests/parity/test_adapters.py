@@ -130,20 +130,9 @@ def test_peft_opens_our_folder_and_computes_the_same(base, tmp_path, family, kin
     folder, config, params = base(family)
     whole = adapted(config, KINDS[kind], params)
     expected = logits(config, KINDS[kind], whole)
-    assert np.abs(expected - logits(config, Lora(), params)).max() > 0.05
+    without = {path: leaf * 0 if path.endswith("lora_b") else leaf for path, leaf in tree.flatten(whole).items()}
+    assert np.abs(expected - logits(config, KINDS[kind], tree.unflatten(without))).max() > 0.05
     close(expected, their_logits(written(tmp_path, whole, KINDS[kind], config, folder)))
-
-
-@pytest.mark.parametrize("family, kind", CASES)
-def test_out_and_in_again_is_the_same_to_the_last_bit(base, tmp_path, family, kind):
-    folder, config, params = base(family)
-    whole = tree.flatten(adapted(config, KINDS[kind], params))
-    adapters.write_peft(tmp_path, tree.unflatten(whole), KINDS[kind], config, base=str(folder))
-    lora, leaves = adapters.read_peft(tmp_path, config)
-    assert lora == KINDS[kind]
-    assert leaves.keys() == whole.keys() - tree.flatten(params).keys()
-    for path, leaf in leaves.items():
-        np.testing.assert_array_equal(leaf, whole[path], err_msg=path)
 
 
 @pytest.mark.parametrize(
