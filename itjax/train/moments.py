@@ -56,7 +56,7 @@ def scale_by_adam(b1: float, b2: float, eps: float, *, kind: str, seed: int) -> 
     def init(params: Params) -> SmallMoments:
         def nothing(signed: bool) -> Params:
             flat = tree.flatten(params)
-            return tree.unflatten({path: store(jnp.zeros(p.shape), 0, kind, signed=signed) for path, p in flat.items()})
+            return tree.unflatten({path: zeros(p.shape, kind, signed=signed) for path, p in flat.items()})
 
         return SmallMoments(jnp.zeros((), jnp.int32), nothing(True), nothing(False))
 
@@ -105,6 +105,14 @@ def store(x: jax.Array, bits: jax.Array | int, kind: str, *, signed: bool) -> An
     """The numbers as "bfloat16" or "int8" (Octets), rounded by 16 random bits each; 0 rounds towards zero."""
     bits = jnp.broadcast_to(jnp.asarray(bits, jnp.uint32), x.shape)
     return to_bfloat16(x, bits) if kind == "bfloat16" else to_octets(x, bits, signed=signed)
+
+
+def zeros(shape: tuple[int, ...], kind: str, *, signed: bool) -> Any:
+    """What `store` makes of zeros; written out, as XLA would otherwise compute it, slowly, while it compiles."""
+    if kind == "bfloat16":
+        return jnp.zeros(shape, jnp.bfloat16)
+    blocks = (*shape[:-1], (shape[-1] // block(shape[-1])) if shape else 1)
+    return Octets(jnp.zeros(shape, jnp.int8 if signed else jnp.uint8), jnp.zeros(blocks, jnp.int8))
 
 
 def load(kept: Any) -> jax.Array:

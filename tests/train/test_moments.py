@@ -93,6 +93,18 @@ def test_draws_have_an_address_and_look_like_noise():
         assert np.histogram(share, 16)[0].std() < 4 * math.sqrt(4096)
 
 
+@pytest.mark.parametrize("kind", SMALL)
+@pytest.mark.parametrize("shape", [(), (3,), (2, 257), (4, 512)])
+def test_the_first_moments_are_zeros_of_the_shape_that_is_stored(kind, shape):
+    for signed in (True, False):
+        first, stored = (make(shape) for make in (
+            lambda shape, signed=signed: moments.zeros(shape, kind, signed=signed),
+            lambda shape, signed=signed: moments.store(jnp.zeros(shape), 0, kind, signed=signed),
+        ))  # fmt: skip
+        assert jax.tree.map(lambda x: (x.shape, x.dtype), first) == jax.tree.map(lambda x: (x.shape, x.dtype), stored)
+        assert not moments.load(first).any()
+
+
 def test_moments_are_really_small():
     params = {"up": {"kernel": jax.ShapeDtypeStruct((4, 256, 1024), jnp.float32)}}
     sizes = {}

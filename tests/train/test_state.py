@@ -1,5 +1,7 @@
 """What each kind of optimizer keeps lies where its parameter lies, and gives the same parameters on every mesh."""
 
+import contextlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,9 +10,11 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from itjax.base import schema, tree
+from itjax.base.records import DataPosition
 from itjax.parallel import layout
 from itjax.parallel.mesh import mesh_for
 from itjax.train import optimizer
+from itjax.train.checkpoint import Checkpoints
 from itjax.train.state import abstract, evaluated, fresh, state_axes
 
 SHAPES = {
@@ -111,6 +115,23 @@ def test_eight_devices_move_parameters_as_one_does(kind, moments, capfd):
     assert "rematerialization" not in capfd.readouterr().err
     split = [not x.sharding.is_fully_replicated for x in jax.tree.leaves(eight.opt_state) if x.size > 1000]
     assert all(split)
+
+
+@pytest.mark.parametrize(
+    "kind, moments", [("adamw", "int8"), ("schedule_free_adamw", "float32"), ("adafactor", "float32")]
+)
+def test_a_state_is_restored_to_the_bit(kind, moments, tmp_path):
+    tx = optimizer.make(settings(kind, moments))
+    state, mesh = moved(kind, moments, None, steps=1), mesh_for(schema.Parallel())
+    where = layout.shardings(state_axes(AXES, state.params, tx, {}), mesh, state)
+    like = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, where)
+    with contextlib.closing(Checkpoints(tmp_path, schema.Checkpoint(asynchronous=False))) as saved:
+        saved.save(jax.device_put(state, where), DataPosition(1, "plan"), {}, {})
+        restored, _ = saved.restore(1, like)
+    assert jax.tree.structure(restored) == jax.tree.structure(state)
+    for before, after in zip(jax.tree.leaves(state), jax.tree.leaves(restored), strict=True):
+        assert before.dtype == after.dtype
+        np.testing.assert_array_equal(before, after)
 
 
 def test_a_state_of_what_moves_and_what_does_not():
