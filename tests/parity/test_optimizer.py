@@ -34,9 +34,9 @@ def theirs(name: str, **settings) -> list[float]:
         ({"schedule": "cosine"}, "cosine", {}),
         ({"schedule": "cosine", "final": 0.1}, "cosine_with_min_lr", {"min_lr_rate": 0.1}),
         (
-            {"schedule": "wsd", "decay": 0.25, "final": 0.1},
+            {"schedule": "wsd", "decay": 0.25},
             "warmup_stable_decay",
-            {"num_decay_steps": 10, "decay_type": "linear", "min_lr_ratio": 0.1},
+            {"num_decay_steps": 10, "decay_type": "linear"},
         ),
         ({"schedule": "inverse_sqrt"}, "inverse_sqrt", {}),
     ],
