@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: quickstart test test-all lint bench lock clean
+.PHONY: quickstart test test-all parity lint bench lock clean
 
 quickstart: $(VENV)/.run  ## train a tiny model from scratch and see what it learned: 3 to 5 minutes
 	$(RUN) -m itjax.main --config=configs/quickstart.py
@@ -13,6 +13,9 @@ test: $(VENV)/.dev lint  ## everything CI runs
 
 test-all: $(VENV)/.dev lint  ## the slow tests too
 	$(RUN) -m pytest -n 2 --dist loadfile
+
+parity: $(VENV)/.dev  ## every family against transformers and PEFT on CPU, with many configs drawn at random: 10 minutes
+	$(RUN) -m pytest -n 2 --dist loadfile tests/parity
 
 lint: $(VENV)/.dev
 	$(VENV)/bin/ruff check .
@@ -33,7 +36,7 @@ $(VENV)/.run: pyproject.toml | $(VENV)/bin/python
 	touch $@
 
 $(VENV)/.dev: pyproject.toml | $(VENV)/bin/python
-	$(RUN) -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	$(RUN) -m pip install --quiet --disable-pip-version-check -e '.[dev,parity]'
 	touch $@ $(VENV)/.run
 
 lock: $(VENV)/.dev  ## versions that developers agree on: requirements-dev.lock

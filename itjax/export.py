@@ -9,8 +9,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +23,6 @@ from itjax.base.files import write_whole
 from itjax.base.freeze import Fault
 from itjax.base.records import Message, PackedBatch
 from itjax.data.encode import Encoding
-from itjax.data.prepare import Data
 from itjax.hub import adapters, configs, folder, names, tensors, weights
 from itjax.hub.folder import Folder
 from itjax.models import lora
@@ -154,11 +152,12 @@ def restored(settings: Settings) -> Trained:
     The base of adapters, which no checkpoint has, is read or drawn again where it is needed.
     """
     run, step = _run(settings.run_dir), _step(settings)
-    if settings.adapter and not run.lora.rank:
+    if settings.adapter and not (run.lora.rank or run.lora.adapter):
         raise Fault(f"--adapter: {settings.run_dir} trained no adapters; export its whole model without the flag")
     pieces = tokenizer.open(settings.run_dir)
     mesh, began = mesh_for(run.parallel), parts.model_folder(run)
-    config = parts.model_config(run, cast(Data, SimpleNamespace(tokenizer=pieces)), began)
+    config = parts.model_config(run, pieces.size, began)
+    run = parts.with_adapter(run, config)
     model = parts.model_of(run, config)
     compiled = loop.compile_step(run, model, mesh, num_steps=1)
     like = compiled.abstract
@@ -172,12 +171,23 @@ def restored(settings: Settings) -> Trained:
         found = checkpoint.restore_part(_checkpoints(settings), step, wanted)
         frozen: Params = {}
         if like.frozen and not settings.adapter:
-            built = cast(parts.Parts, SimpleNamespace(config=config, mesh=mesh, folder=began))  # no rows are read
-            frozen = loop.first_frozen(run, model, compiled, parts.weights(run, built, pieces.size))
+            _check_base(_checkpoints(settings), step, began)
+            read = None if began is None else parts.weights(run, began, config, mesh, num_ids=pieces.size)
+            frozen = loop.first_frozen(run, model, compiled, read)
         state = TrainState(step, found.get("params", {}), frozen, found.get("opt_state", ()), found.get("average", {}))
         optimizer = run.optimizer if state.average else dataclasses.replace(run.optimizer, average=0.0)
         params = join(evaluated(state, optimizer), frozen)
     return Trained(run, step, pieces, _format(run, pieces), began, mesh, model, params)
+
+
+def _check_base(checkpoints: Path, step: int, began: Folder | None) -> None:
+    then, now = checkpoint.config(checkpoints, step).get(loop.BASE, ""), began.fingerprint() if began else ""
+    if then != now:
+        place = began.path if began else "the preset"
+        raise Fault(
+            f"{checkpoints / str(step)}: its adapters were trained on the base {then}, and {place} is {now} now; bring the "
+            "folder back as it was, or export the adapters alone with --adapter"
+        )
 
 
 def _run(run_dir: Path) -> schema.Run:

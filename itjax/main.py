@@ -58,7 +58,7 @@ def train(run: Run, *, config: str) -> None:
     for note in data.notes():
         console.print(f"data   {note}", highlight=False, markup=False, soft_wrap=True)
     built = parts.set_up(run, data)
-    console.print(built.summary(run), highlight=False, markup=False, soft_wrap=True)
+    console.print(built.summary(), highlight=False, markup=False, soft_wrap=True)
     account = manifest.manifest(data, built.loader)
     if cluster.writes():
         manifest.write(run.run_dir, account)
@@ -66,11 +66,11 @@ def train(run: Run, *, config: str) -> None:
         write_whole(Path(run.run_dir) / data.tokenizer.file_name, data.tokenizer.model)
     with jax.set_mesh(built.mesh):
         loop.train(
-            run,
+            built.run,
             model=built.model,
             mesh=built.mesh,
             loader=built.loader,
-            weights=parts.weights(run, built, data.tokenizer.size),
+            weights=built.weights,
             base=built.folder.fingerprint() if built.folder else "",
             evaluators=evaluators(run, data, built),
             flops=built.flops,

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -18,9 +19,9 @@ from itjax.base.schema import Run
 from itjax.data import cache, prepare
 from itjax.data.loader import Loader
 from itjax.data.prepare import Data
-from itjax.hub import names
+from itjax.hub import adapters
 from itjax.hub.folder import Folder, check_vocabulary
-from itjax.models import families, lora, quantize
+from itjax.models import families, lora
 from itjax.models.config import ModelConfig
 from itjax.models.model import Model, Params, build
 from itjax.parallel import cluster, layout
@@ -34,19 +35,22 @@ VOCAB_MULTIPLE = 64  # embeddings are padded to it, so that they divide over dev
 class Parts:
     """What a run is made of, besides its data."""
 
+    run: Run  # with the adapters that a PEFT folder says, if the config names one
     config: ModelConfig
     model: Model
     mesh: Mesh
     loader: Loader
     folder: Folder | None  # of the published model that the run begins with
-    moving: float  # share of the kernels that is trained: all, or none below adapters
+    weights: Weights | None  # what reads the parameters of that folder; None: they are drawn from the seed
 
     def flops(self, step: int) -> float:
         """Useful FLOPs of a step of the loader: real tokens only, attention inside own segments only."""
-        return families.train_flops(self.config, self.loader.lengths(step), moving=self.moving)
+        moving = 0.0 if self.run.lora.rank else 1.0  # frozen kernels need no gradient of their own
+        return families.train_flops(self.config, self.loader.lengths(step), moving=moving)
 
-    def summary(self, run: Run) -> str:
+    def summary(self) -> str:
         """A few lines that say what will be trained, on what, where."""
+        run = self.run
         report = self.loader.report()
         copies = layout.batch_copies(self.mesh, run.rows // run.accumulate)
         waste = (
@@ -131,12 +135,12 @@ class _bars:
 
 def set_up(run: Run, data: Data) -> Parts:
     """Mesh, model and loader of the run. Raises ValueError naming the setting that does not fit the others."""
-    mesh = mesh_for(run.parallel)
+    mesh, num_ids = mesh_for(run.parallel), data.tokenizer.size
     folder = model_folder(run)
-    config = model_config(run, data, folder)
-    return Parts(
-        config, model_of(run, config), mesh, loader_for(run, data, mesh), folder, 0.0 if run.lora.rank else 1.0
-    )
+    config = model_config(run, num_ids, folder)
+    run = with_adapter(run, config)
+    read = None if folder is None else weights(run, folder, config, mesh, num_ids=num_ids)
+    return Parts(run, config, model_of(run, config), mesh, loader_for(run, data, mesh), folder, read)
 
 
 def model_of(run: Run, config: ModelConfig, *, attention: str | None = None, remat: str | None = None) -> Model:
@@ -179,18 +183,26 @@ def model_folder(run: Run) -> Folder | None:
     )
 
 
-def model_config(run: Run, data: Data, folder: Folder | None) -> ModelConfig:
+def with_adapter(run: Run, config: ModelConfig) -> Run:
+    """The run with the adapters of the PEFT folder that it starts from, if it names one."""
+    if not run.lora.adapter:
+        return run
+    read, _ = adapters.read_peft(run.lora.adapter, config)
+    kept = {name: getattr(run.lora, name) for name in ("adapter", "base", "dropout", "learning_rate_multiplier")}
+    return dataclasses.replace(run, lora=dataclasses.replace(read, **kept))
+
+
+def model_config(run: Run, num_ids: int, folder: Folder | None) -> ModelConfig:
     """The folder's decoder, or the preset with its overrides, with a vocabulary that holds every id of the tokenizer."""
-    size = data.tokenizer.size
     if folder is not None:
-        return _published(run, folder, size)
-    vocab = run.architecture.vocab or _rounded(size)
-    if vocab < size:
+        return _published(run, folder, num_ids)
+    vocab = run.architecture.vocab or _rounded(num_ids)
+    if vocab < num_ids:
         raise Fault(
-            f"config.architecture.vocab: {vocab} is smaller than the tokenizer's {size} ids; "
-            f"set it to {size} or more, or leave it out"
+            f"config.architecture.vocab: {vocab} is smaller than the tokenizer's {num_ids} ids; "
+            f"set it to {num_ids} or more, or leave it out"
         )
-    return dataclasses.replace(families.resolve(run.model, run.architecture, vocab=vocab), ids=size)
+    return dataclasses.replace(families.resolve(run.model, run.architecture, vocab=vocab), ids=num_ids)
 
 
 def _published(run: Run, folder: Folder, size: int) -> ModelConfig:
@@ -213,29 +225,34 @@ def _rounded(size: int) -> int:
     return -(-size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
 
 
-def weights(run: Run, built: Parts, num_ids: int) -> Weights | None:
-    """What reads the folder's parameters onto the mesh, given what is kept of them; None without a folder.
+def weights(run: Run, folder: Folder, config: ModelConfig, mesh: Mesh, *, num_ids: int) -> Weights:
+    """What reads the folder's parameters onto the mesh, and those of the adapters that the run starts from.
 
     `num_ids` is how many ids the run's tokenizer has: those that are new begin as the mean of the others.
     """
-    folder, mesh = built.folder, built.mesh
-    if folder is None:
-        return None
     # The same network as its folder has it: without adapters, and with whole kernels.
-    plain = build(built.config, dtype=dtype(run), attention=run.attention, remat=run.remat)
-    entries = {entry.path: entry for entry in names.entries(built.config)}
-
-    def convert(path: str, layer: jax.Array) -> dict[str, jax.Array]:
-        entry = entries[path]
-        return quantize.quantize(layer, run.lora.base, contract=entry.contract, lead=int(entry.experts))
+    plain = build(config, dtype=dtype(run), attention=run.attention, remat=run.remat)
 
     def read(kept: Params) -> Params:
+        own = {path: leaf for path, leaf in tree.flatten(kept).items() if not lora.is_adapter(path)}
         shardings = layout.shardings(plain.axes, mesh, plain.abstract)
         whole = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), plain.abstract, shardings)
-        like = tree.flatten(whole) | {path: leaf for path, leaf in tree.flatten(kept).items() if path in entries}
-        return folder.load(tree.unflatten(like), num_ids=num_ids, convert=convert, kept=kept)
+        like = {path: own.get(path, leaf) for path, leaf in tree.flatten(whole).items()}
+        convert = adapters.quantiser(config, base(run))
+        params = folder.load(tree.unflatten(like), num_ids=num_ids, convert=convert, kept=tree.unflatten(own))
+        if not run.lora.adapter:
+            return params
+        places = tree.flatten(kept)
+        _, leaves = adapters.read_peft(run.lora.adapter, config)
+        return tree.unflatten(tree.flatten(params) | {path: _placed(x, places[path]) for path, x in leaves.items()})
 
     return read
+
+
+def _placed(x: np.ndarray, like: jax.ShapeDtypeStruct) -> jax.Array:
+    """An array that every process has, laid out as `like` is."""
+    assert x.shape == like.shape, (x.shape, like.shape)
+    return jax.make_array_from_callback(x.shape, like.sharding, lambda box: x[box].astype(like.dtype))
 
 
 def loader_for(run: Run, data: Data, mesh: Mesh) -> Loader:

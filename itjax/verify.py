@@ -70,7 +70,8 @@ class Outcome:
 def verify(run: Run, data: Data) -> Iterator[Check]:
     """All checks, one by one as they are done."""
     mesh = mesh_for(run.parallel)
-    config = parts.model_config(run, data, parts.model_folder(run))
+    config = parts.model_config(run, data.tokenizer.size, parts.model_folder(run))
+    run = parts.with_adapter(run, config)
     dtype = parts.dtype(run)
     rows = math.lcm(max(MICRO_BATCHES), jax.device_count())  # every mesh and number of micro-batches divides it
     loader = parts.loader_for(run, data, mesh)

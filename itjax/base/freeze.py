@@ -159,7 +159,13 @@ def contradictions(run: schema.Run) -> None:
 
 
 def _contradictions_of_adapters(run: schema.Run) -> None:
-    if run.lora.rank:
+    if run.lora.adapter:
+        decided = [name for name in ("rank", "targets", "also", "dora", "rank_stabilized") if getattr(run.lora, name)]
+        if decided:
+            raise Fault(
+                f"config.lora.{decided[0]}: the folder {run.lora.adapter} of lora.adapter says it; leave it out"
+            )
+    if run.lora.rank or run.lora.adapter:
         return
     given = [name for name in ("targets", "also", "dora", "dropout", "rank_stabilized") if getattr(run.lora, name)]
     if given:

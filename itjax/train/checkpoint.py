@@ -67,10 +67,6 @@ class Checkpoints:
         restored = self._manager.restore(step, args=args)
         return restored[STATE], DataPosition(**restored[DATA])
 
-    def config(self, step: int) -> dict[str, Any]:
-        """The settings that a committed step was saved with."""
-        return self._manager.restore(step, args=ocp.args.Composite(config=ocp.args.JsonRestore()))[CONFIG]
-
     def wait(self) -> None:
         """Returns when everything that was saved is committed."""
         self._manager.wait_until_finished()
@@ -83,6 +79,12 @@ class Checkpoints:
 def steps(folder: Path) -> list[int]:
     """The committed steps of a run, the oldest first; the folder is only looked at, so the run may go on meanwhile."""
     return sorted(ocp.utils.checkpoint_steps(folder)) if folder.is_dir() else []
+
+
+def config(folder: Path, step: int) -> dict[str, Any]:
+    """The settings that a committed step was saved with."""
+    with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
+        return reader.restore(folder.absolute() / str(step) / CONFIG)
 
 
 def restore_part(folder: Path, step: int, like: Mapping[str, Any]) -> dict[str, Any]:

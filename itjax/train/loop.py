@@ -21,14 +21,14 @@ from itjax.models import lora
 from itjax.models.model import Model, Params, join
 from itjax.objectives.sft import sft
 from itjax.parallel import cluster, layout
-from itjax.train import optimizer
+from itjax.train import checkpoint, optimizer
 from itjax.train.checkpoint import Checkpoints, steps
 from itjax.train.state import TrainState, abstract, evaluated, fresh, state_axes
 from itjax.train.step import Metrics, make_train_step
 from itjax.train.watch import Facts, Watch
 
 BASE = "base"  # beside the settings in a checkpoint: the fingerprint of the folder that frozen parameters come from
-Weights = Callable[[Params], Params]  # shapes with shardings -> the published parameters there
+Weights = Callable[[Params], Params]  # shapes with shardings -> those of the parameters that a folder has, there
 Evaluator = Callable[[int, Params], list[dict[str, Any]]]  # (step, parameters) -> lines of metrics.jsonl
 
 
@@ -81,7 +81,7 @@ def begin(
         return first(run, model, compiled, weights), loader.get_state()
     frozen: Params = {}
     if compiled.abstract.frozen:
-        then = saved.config(latest).get(BASE, "")
+        then = checkpoint.config(saved.folder, latest).get(BASE, "")
         if then != base and not run.allow_change:
             raise freeze.Fault(
                 f"{saved.folder / str(latest)}: was trained on the base {then or 'drawn from the seed'}, and {run.model} is "
@@ -130,9 +130,10 @@ def first_parameters(run: Run, model: Model, compiled: Compiled, weights: Weight
     flat = tree.flatten(like)
     if weights is None:
         return draw(flat)
-    adapters = [path for path in flat if lora.is_adapter(path)]
-    published = tree.unflatten({path: leaf for path, leaf in flat.items() if path not in adapters})
-    return lora.begin(join(weights(published), draw(adapters)), run.lora)
+    read = tree.flatten(weights(like))
+    drawn = tree.flatten(draw(flat.keys() - read.keys()))  # adapters, unless the run starts from some
+    params = tree.unflatten({path: read[path] if path in read else drawn[path] for path in flat})
+    return lora.begin(params, run.lora) if drawn else params
 
 
 def train(
