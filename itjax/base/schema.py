@@ -116,6 +116,8 @@ class Architecture:
     vocab: int | None = bounded(None, at_least=1)  # None: the tokenizer's size, rounded up
     rope_theta: float | None = bounded(None, above=0)
     tie_embeddings: bool | None = None
+    experts: int | None = bounded(None, at_least=1)  # of a preset that has experts
+    experts_per_token: int | None = bounded(None, at_least=1)
 
 
 @dataclass(frozen=True)

@@ -271,6 +271,8 @@ def resolve(preset: str, overrides: schema.Architecture, *, vocab: int) -> Model
     config = PRESETS[preset]
     if theta := given.pop("rope_theta", None):
         given["rope"] = dataclasses.replace(config.rope, theta=theta)
+    if experts := _experts(given, preset):
+        given["experts"] = experts
     if "dim" in given and config.embed_scale == config.dim**0.5:
         given["embed_scale"] = given["dim"] ** 0.5
     config = dataclasses.replace(config, **{"vocab": vocab, **given})
@@ -278,6 +280,25 @@ def resolve(preset: str, overrides: schema.Architecture, *, vocab: int) -> Model
         config = dataclasses.replace(config, head_size=_even_share(config))
     _check(config, vocab=vocab)
     return config
+
+
+def _experts(given: dict[str, Any], preset: str) -> Experts | None:
+    """The preset's mixture with its overrides, which leave `given`; None without any."""
+    names = {"experts": "number", "experts_per_token": "chosen"}
+    numbers = {names[name]: given.pop(name) for name in names if name in given}
+    if not numbers:
+        return None
+    mixture = PRESETS[preset].experts
+    if mixture is None:
+        mixtures = ", ".join(name for name, config in PRESETS.items() if config.experts)
+        raise ValueError(f"architecture.experts: {preset} has no experts; leave it out, or take one of {mixtures}")
+    mixture = dataclasses.replace(mixture, **numbers)
+    if mixture.chosen > mixture.number:
+        raise ValueError(
+            f"architecture.experts_per_token: {mixture.chosen} of {mixture.number} experts cannot be chosen; "
+            f"give {mixture.number} or less"
+        )
+    return mixture
 
 
 def _even_share(config: ModelConfig) -> int:

@@ -10,7 +10,7 @@ import pytest
 from itjax.base import tree
 from itjax.base.schema import Architecture
 from itjax.models import families
-from itjax.models.config import Layer
+from itjax.models.config import Experts, Layer
 from itjax.models.model import build
 from tests.hub.drawn import shapes
 
@@ -123,6 +123,12 @@ def test_overrides_keep_what_a_family_is():
     assert (scaled.theta, scaled.scaling, scaled.factor) == (1e6, "llama3", 32.0)
 
 
+def test_experts_are_as_many_as_an_override_says():
+    config = families.resolve("gpt_oss_20b", Architecture(experts=8, experts_per_token=2), vocab=300)
+    assert config.experts == Experts(number=8, chosen=2, bias=True)
+    assert families.resolve("mixtral_8x7b", Architecture(experts=4), vocab=300).experts == Experts(4, 2)
+
+
 def test_divisors_of_rotations_fit_one_head_size():
     with pytest.raises(ValueError, match=r"head_size: 64 makes 24 pairs to turn, and the preset has divisors for 48"):
         families.resolve("phi4_mini", Architecture(head_size=64), vocab=300)
@@ -140,6 +146,15 @@ def test_divisors_of_rotations_fit_one_head_size():
 def test_contradictions_are_named(overrides, message):
     with pytest.raises(ValueError, match=message):
         families.resolve("tiny", overrides, vocab=300)
+
+
+def test_experts_are_of_presets_that_have_some():
+    with pytest.raises(
+        ValueError, match=r"architecture\.experts: tiny has no experts; leave it out, or take one of mix"
+    ):
+        families.resolve("tiny", Architecture(experts=4), vocab=300)
+    with pytest.raises(ValueError, match=r"architecture\.experts_per_token: 4 of 3 experts cannot be chosen"):
+        families.resolve("gpt_oss_20b", Architecture(experts=3), vocab=300)
 
 
 def test_an_unknown_preset_is_answered_with_the_nearest():
