@@ -14,10 +14,12 @@ data/mixture.py      which source comes next, and how often      -> order of (so
 data/pack.py         many examples, one row                      -> plan of rows
 data/loader.py       rows to this host's batch, resumable        -> PackedBatch (numpy)
 parallel/layout.py   names of axes to devices                    -> PackedBatch (global jax arrays)
+hub/folder.py        a published model's files                   -> ModelConfig, parameters on their devices
 models/decoder.py    tokens to features                          -> x_BTD
 objectives/sft.py    features to summed loss and summed weight   -> LossSums
 train/step.py        sums to gradient to new state               -> TrainState, Metrics
 train/checkpoint.py  state and data position, together           -> disk
+export.py            a checkpoint as others open it              -> a published model's files
 """
 
 __version__ = "0.1.0"

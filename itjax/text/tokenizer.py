@@ -641,7 +641,7 @@ def _load(fields: dict[str, Any], place: str) -> Any:
     try:
         import tokenizers
     except ImportError:
-        raise ValueError(f"{place}: reading this file needs `tokenizers`; install itjax[hf]") from None
+        raise ValueError(f"{place}: reading this file needs the package `tokenizers`; pip install tokenizers") from None
     try:
         tokenizer = tokenizers.Tokenizer.from_str(json.dumps(fields))
     except Exception as error:  # the library raises nothing narrower
