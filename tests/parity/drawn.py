@@ -47,7 +47,7 @@ def model(family: str, seed: int) -> PreTrainedModel:
 
 def _shapes(dials: Dials) -> Fields:
     """Sizes of which no two are equal, so that none is taken for another; those of a seed are every family's."""
-    dials = replace(dials, family="any")
+    tied, dials = dials.turn("tied", False, True), replace(dials, family="any")
     heads, kv_heads = dials.turn("heads", (4, 2), (6, 2), (3, 1), (4, 4))
     return {
         "vocab_size": dials.turn("vocab", 53, 64, 71),
@@ -59,7 +59,7 @@ def _shapes(dials: Dials) -> Fields:
         "num_hidden_layers": 2,
         "max_position_embeddings": LONG,
         "rms_norm_eps": dials.turn("eps", 1e-5, 1e-6),
-        "tie_word_embeddings": dials.turn("tied", False, True),
+        "tie_word_embeddings": tied,
         "bos_token_id": 1,
         "eos_token_id": 2,
         "pad_token_id": 0,
@@ -97,7 +97,7 @@ def _llama(dials: Dials) -> Fields:
 
 
 def _mistral(dials: Dials) -> Fields:
-    return _shapes(dials) | _rope(dials) | {"sliding_window": dials.turn("window", 7, None)}
+    return _shapes(dials) | _rope(dials) | {"sliding_window": dials.turn("window", None, 7)}
 
 
 def _qwen2(dials: Dials) -> Fields:
@@ -127,7 +127,7 @@ def _qwen3_moe(dials: Dials) -> Fields:
 
 
 def _mixtral(dials: Dials) -> Fields:
-    experts = {"num_local_experts": dials.turn("experts", 5, 4), "num_experts_per_tok": dials.turn("chosen", 2, 1)}
+    experts = {"num_local_experts": dials.turn("experts", 5, 4), "num_experts_per_tok": dials.turn("chosen", 2, 3)}
     return _shapes(dials) | _rope(dials) | experts | {"sliding_window": dials.turn("window", None, 11)}
 
 
@@ -135,7 +135,7 @@ def _gemma(dials: Dials) -> Fields:
     fields = _shapes(dials)
     return fields | {
         "attention_bias": dials.turn("bias", False, True),
-        "query_pre_attn_scalar": dials.turn("scalar", 12, fields["head_dim"]),
+        "query_pre_attn_scalar": dials.turn("scalar", fields["head_dim"], 12),
         "hidden_activation": "gelu_pytorch_tanh",
         "sliding_window": dials.turn("window", 6, 13),
     }
@@ -143,14 +143,14 @@ def _gemma(dials: Dials) -> Fields:
 
 def _gemma2(dials: Dials) -> Fields:
     caps = {
-        "attn_logit_softcapping": dials.turn("attention cap", 1.5, None),
-        "final_logit_softcapping": dials.turn("logit cap", None, 2.0),
+        "attn_logit_softcapping": dials.turn("attention cap", None, 1.5),
+        "final_logit_softcapping": dials.turn("logit cap", 2.0, None),
     }
     return _gemma(dials) | _layers(dials, number=2) | _rope(dials) | caps
 
 
 def _gemma3(dials: Dials) -> Fields:
-    far = dials.turn("rope", {"rope_type": "linear", "factor": 8.0}, {"rope_type": "default"})
+    far = dials.turn("rope", {"rope_type": "default"}, {"rope_type": "linear", "factor": 8.0})
     ropes = {
         "full_attention": {"rope_theta": 5e4, **far},
         "sliding_attention": {"rope_theta": 1e3, "rope_type": "default"},

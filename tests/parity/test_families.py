@@ -30,7 +30,7 @@ from itjax.objectives.sft import sft  # noqa: E402
 from tests import fakes, quick  # noqa: E402
 from tests.parity import drawn  # noqa: E402
 
-NEAR = 1e-4  # of the largest number of what is compared, or of 1 where that is smaller
+NEAR = 1e-4  # of the largest number of what is compared, or of 1; gradients of their own largest where that is smaller
 SEEDS, MORE_SEEDS = range(1), range(1, 12)
 T = 60  # positions in a row, several times any window
 ROWS = ((60,), (45,), (20, 25, 15), (28, 10, 12))  # documents: a whole row, a padded one, packed, packed and padded
