@@ -129,7 +129,7 @@ def first_parameters(run: Run, model: Model, compiled: Compiled, weights: Weight
 
     flat = tree.flatten(like)
     if weights is None:
-        return draw(flat)
+        return lora.begin(draw(flat), run.lora)
     read = tree.flatten(weights(like))
     drawn = tree.flatten(draw(flat.keys() - read.keys()))  # adapters, unless the run starts from some
     params = tree.unflatten({path: read[path] if path in read else drawn[path] for path in flat})
