@@ -53,6 +53,7 @@ def train(run: Run, *, config: str) -> None:
 
     cluster.start()
     console = Console(quiet=not cluster.writes())
+    parts.check_model(run)
     loop.check_run_dir(run)
     data = parts.prepare_data(run, console=console)
     for note in data.notes():

@@ -26,6 +26,7 @@ from itjax.models.config import ModelConfig
 from itjax.models.model import Model, Params, build
 from itjax.parallel import cluster, layout
 from itjax.parallel.mesh import mesh_for
+from itjax.train import optimizer
 from itjax.train.loop import Weights
 
 VOCAB_MULTIPLE = 64  # embeddings are padded to it, so that they divide over devices
@@ -96,6 +97,18 @@ def _processor() -> str:
         else set()
     )
     return hashlib.blake2b(f"{platform.machine()} {sorted(flags)}".encode(), digest_size=8).hexdigest()
+
+
+def check_model(run: Run) -> None:
+    """Raises ValueError for what does not fit the model, before data is read: its name or folder, patterns of parameters.
+
+    Only shapes are made, and for fewer ids than any tokenizer has.
+    """
+    config = model_config(run, 1, model_folder(run))
+    run = with_adapter(run, config)
+    abstract = model_of(run, config).abstract
+    moves, _ = lora.split(abstract, lora.moving(abstract, run.lora))
+    jax.eval_shape(optimizer.make(run.optimizer).init, moves)
 
 
 def prepare_data(run: Run, *, console: Console) -> Data:

@@ -22,16 +22,17 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from rich.console import Console
 
 from itjax import cli, parts
-from itjax.base import freeze
+from itjax.base import freeze, tree
 from itjax.base.records import PackedBatch
-from itjax.base.schema import REMAT, Parallel, Run
+from itjax.base.schema import REMAT, Lora, Parallel, Run
 from itjax.data.loader import Loader
 from itjax.data.prepare import Data
 from itjax.kernels import attention
 from itjax.models import lora
 from itjax.models.config import ModelConfig
-from itjax.models.model import Model
+from itjax.models.model import Model, build
 from itjax.objectives.sft import sft
+from itjax.objectives.sums import LossSums
 from itjax.parallel import cluster, layout
 from itjax.parallel.mesh import AXES, mesh_for
 from itjax.text import chat
@@ -77,6 +78,10 @@ def verify(run: Run, data: Data) -> Iterator[Check]:
     loader = parts.loader_for(run, data, mesh)
     batch = first_rows(loader, rows)
     yield from data_checks(run, data, loader)
+    if run.lora.rank:
+        yield from adapter_checks(run, config, batch, mesh)
+    if config.experts:
+        yield check("experts: every choice of a token is answered", unanswered(run, config, batch, mesh), 0)
 
     def outcome(
         batch: PackedBatch,
@@ -147,21 +152,21 @@ def place(batch: PackedBatch, mesh: Mesh) -> PackedBatch:
     return layout.place(jax.tree.map(lambda x: x[held], batch), mesh, rows=rows)
 
 
-def parameters(run: Run, model: Model, mesh: Mesh) -> Any:
-    """Drawn from the seed, laid out for the mesh. No scale is zero and no two are equal, so that nothing hides."""
+def parameters(run: Run, model: Model, mesh: Mesh, *, noise: float = 0.02) -> Any:
+    """Drawn from the seed, laid out for the mesh. With noise no scale is zero and no two are equal: nothing hides."""
 
     def draw(key: jax.Array) -> Any:
         params = model.init(key)
-        leaves, tree = jax.tree.flatten(params)
+        leaves, structure = jax.tree.flatten(params)
         keys = jax.random.split(jax.random.fold_in(key, 1), len(leaves))
-        return jax.tree.unflatten(tree, [_noisy(x, k) for x, k in zip(leaves, keys, strict=True)])
+        return jax.tree.unflatten(structure, [_noisy(x, k, noise) for x, k in zip(leaves, keys, strict=True)])
 
     return jax.jit(draw, out_shardings=layout.shardings(model.axes, mesh, model.abstract))(jax.random.key(run.seed))
 
 
-def _noisy(x: jax.Array, key: jax.Array) -> jax.Array:
+def _noisy(x: jax.Array, key: jax.Array, noise: float) -> jax.Array:
     """The codes of a quantised kernel stay codes."""
-    return x + 0.02 * jax.random.normal(key, x.shape, x.dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
+    return x + noise * jax.random.normal(key, x.shape, x.dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
 
 
 def distance(a: Outcome, b: Outcome) -> float:
@@ -191,6 +196,57 @@ def leak(run: Run, model: Model, config: ModelConfig, batch: PackedBatch, mesh: 
     assert np.abs(before - after)[segments == 1].max() > 0, "the change must be seen in its own document"
     others = segments > 1
     return float(np.abs(before - after)[others].max()) if others.any() else 0.0
+
+
+# --- what adapters and experts must satisfy ---------------------------------------------------------------------------
+
+
+def adapter_checks(run: Run, config: ModelConfig, batch: PackedBatch, mesh: Mesh) -> Iterator[Check]:
+    """Adapters say nothing at first, and say the same as a part of the kernels."""
+    model, tolerance = parts.model_of(run, config), TOLERANCE[parts.dtype(run)]
+
+    def apart(with_adapters: Any, without: Any, *, base: str) -> float:
+        other = build(
+            config, dtype=parts.dtype(run), attention=run.attention, remat=run.remat, lora=Lora(also=run.lora.also),
+            base=base,
+        )  # fmt: skip
+        ours, theirs = (mean_loss(run, m, p, batch, mesh) for m, p in ((model, with_adapters), (other, without)))
+        return abs(ours - theirs) / abs(theirs)
+
+    with jax.set_mesh(mesh):
+        first = lora.begin(parameters(run, model, mesh, noise=0.0), run.lora)
+        base = tree.unflatten({path: x for path, x in tree.flatten(first).items() if not lora.is_adapter(path)})
+        begins = apart(first, base, base=parts.base(run))
+        moved, wide = parameters(run, model, mesh), jax.tree.map(_wide, parameters(run, model, mesh))
+        merges = apart(moved, lora.merge(wide, run.lora, dtype="float32"), base="float32")
+    yield check("adapters: the first step is the base", begins, tolerance)
+    yield check("adapters: merged is unmerged", merges, tolerance)
+
+
+def _wide(x: jax.Array) -> jax.Array:
+    """So that a kernel is not rounded when it takes its adapters in; scales and codes of quantised ones stay right."""
+    return x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x
+
+
+def mean_loss(run: Run, model: Model, params: Any, batch: PackedBatch, mesh: Mesh) -> float:
+    """The loss that the step divides: without a gradient, and nothing is drawn."""
+    sums = _forward(run, model, params, batch, mesh)
+    return float(sums.loss / sums.weight)
+
+
+def unanswered(run: Run, config: ModelConfig, batch: PackedBatch, mesh: Mesh) -> float:
+    """Choices of all tokens in all layers that were not counted, or that a capacity left without an answer."""
+    assert config.experts is not None
+    model = parts.model_of(run, config)
+    with jax.set_mesh(mesh):
+        aux = _forward(run, model, parameters(run, model, mesh), batch, mesh).aux
+    choices = config.layers * config.experts.chosen * int((batch.segments_BT > 0).sum())
+    return abs(choices - float(aux["expert_tokens"].sum())) + float(aux["dropped"].sum())
+
+
+def _forward(run: Run, model: Model, params: Any, batch: PackedBatch, mesh: Mesh) -> LossSums:
+    loss_fn, whole = sft(model, loss=run.loss), NamedSharding(mesh, PartitionSpec())
+    return jax.jit(lambda params, batch: loss_fn(params, {}, batch), out_shardings=whole)(params, place(batch, mesh))
 
 
 # --- the same examples, laid out otherwise ----------------------------------------------------------------------------
@@ -290,6 +346,7 @@ def command(argv: Sequence[str]) -> int:
     run = freeze.load(argv, values)
     cluster.start()
     console = Console(quiet=not cluster.writes())
+    parts.check_model(run)
     data = parts.prepare_data(run, console=console)
     checks = shown(verify(run, data), console)
     if values.json and cluster.writes():

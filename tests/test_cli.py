@@ -102,3 +102,9 @@ def test_a_format_of_another_tokenizer_is_one_message(capsys, files, tmp_path):
     assert code == cli.FAULT_OF_USER, err
     assert "needs the control tokens" in err
     assert err.count("\n") == 1
+
+
+def test_patterns_of_parameters_are_checked_before_data_is_read(capsys, files):
+    code, err = outcome(capsys, files("{oops}", "--config.lora.rank=2", "--config.lora.targets=('layers/atn/*',)"))
+    assert code == cli.FAULT_OF_USER
+    assert "config.lora.targets: 'layers/atn/*' fits nothing. Did you mean 'layers/attn/" in err

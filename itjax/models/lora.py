@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from itjax.base import tree
+from itjax.base.freeze import nearest
 from itjax.base.schema import Lora
 from itjax.models import quantize
 
@@ -145,12 +146,14 @@ def _check_patterns(flat: Mapping[str, Any], lora: Lora) -> None:
     for setting, patterns, known in (("targets", lora.targets, linear), ("also", lora.also, sorted(flat))):
         for pattern in patterns:
             if not any(tree.matches(path, [pattern]) for path in known):
-                raise ValueError(f"lora.{setting}: {pattern!r} fits nothing; there are {known}")
+                raise ValueError(
+                    f"config.lora.{setting}: {pattern!r} fits nothing.{nearest(pattern, known)} There are {known}"
+                )
     adapted = {path.rpartition(tree.SEPARATOR)[0] for path in flat if is_adapter(path)}
     for pattern in lora.targets:
         if not any(tree.matches(place, [pattern]) for place in adapted):
             raise ValueError(
-                f"lora.targets: {pattern!r} fits nothing that takes an adapter; there are {sorted(adapted)}"
+                f"config.lora.targets: {pattern!r} fits nothing that takes an adapter; there are {sorted(adapted)}"
             )
 
 

@@ -75,6 +75,8 @@ def make_train_step(
 
     The loss and the gradient are sums over the whole step, divided once by the summed weight. A step whose gradient is
     not finite, or that has no trained token, leaves parameters, moments and average as they were and says so in `skipped`.
+    The metric `loss` is Σ w·nll / Σ w where the objective gives "nll": without what coefficients add to it (`z_loss`, the
+    experts' balance), so that runs with other ones compare.
 
     `seed` is for losses that draw: micro-batch a of step s gets the key `fold_in(fold_in(key(seed), s), a)`. None: the
     loss gets no key and the program has no random numbers. `average` is the decay of `TrainState.average`, 0 for none.
@@ -87,8 +89,8 @@ def make_train_step(
         has_weight = sums.weight > 0
         per_weight = jnp.where(has_weight, 1 / jnp.where(has_weight, sums.weight, 1.0), 0.0)
         grads = jax.tree.map(lambda g: g * per_weight, grads)  # the mean: the one division of the step
-        loss, grad_norm, rate = sums.loss * per_weight, optax.tree.norm(grads), learning_rate(state.step)
-        is_sound = has_weight & jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+        objective, grad_norm, rate = sums.loss * per_weight, optax.tree.norm(grads), learning_rate(state.step)
+        is_sound = has_weight & jnp.isfinite(objective) & jnp.isfinite(grad_norm)
 
         def update() -> tuple[Params, Any, Params]:
             directions, opt_state = extended.update(grads, state.opt_state, state.params, learning_rate=rate)
@@ -99,9 +101,10 @@ def make_train_step(
             return state.params, state.opt_state, state.average
 
         params, opt_state, mean = jax.lax.cond(is_sound, update, stay)
+        means = readings(sums.aux, per_weight)
         metrics = {
-            **readings(sums.aux, per_weight),
-            "loss": loss,
+            **means,
+            "loss": means.get("nll", objective),
             "grad_norm": grad_norm,
             "learning_rate": rate,
             "tokens": (batch.segments_BT > 0).sum(),

@@ -141,6 +141,16 @@ def test_what_an_objective_sums_besides_is_in_the_metrics():
         assert "expert_tokens" not in metrics
 
 
+def test_the_metric_loss_is_without_what_coefficients_add():
+    def weighed(params, frozen, batch, key):
+        sums = squares(params, frozen, batch, key)
+        return dataclasses.replace(sums, loss=3 * sums.loss, aux={"nll": sums.loss})
+
+    (state, metrics), (plain, expected) = one_step(batch(), 2, loss=weighed), one_step(batch(), 2)
+    assert metrics["loss"] == expected["loss"]
+    np.testing.assert_allclose(state.params["a"] - PARAMS["a"], 3 * (plain.params["a"] - PARAMS["a"]), rtol=1e-5)
+
+
 def test_the_load_of_several_layers_is_that_of_the_least_even_one():
     assert expert_load(jnp.array([[2.0, 2, 2, 2], [4, 4, 0, 0], [0, 0, 0, 0]])) == 2
 
