@@ -102,9 +102,12 @@ def _processor() -> str:
 def check_model(run: Run) -> None:
     """Raises ValueError for what does not fit the model, before data is read: its name or folder, patterns of parameters.
 
-    Only shapes are made, and for fewer ids than any tokenizer has.
+    Only headers are read and only shapes are made; a preset has fewer ids than with any tokenizer.
     """
-    config = model_config(run, 1, model_folder(run))
+    folder = model_folder(run)
+    if folder is not None:
+        folder.check()
+    config = model_config(run, folder.config.vocab if folder else 1, folder)
     run = with_adapter(run, config)
     abstract = model_of(run, config).abstract
     moves, _ = lora.split(abstract, lora.moving(abstract, run.lora))
@@ -112,8 +115,12 @@ def check_model(run: Run) -> None:
 
 
 def prepare_data(run: Run, *, console: Console) -> Data:
-    """The data of the run, encoded. One process fills the cache, the others then find it (or fill their own disk's)."""
+    """The data of the run, encoded. One process fills the cache, the others then find it (or fill their own disk's).
+
+    A model that the run cannot have is told before: data may take hours.
+    """
     keep_compiled(run)
+    model_folder(run)
     with _bars(console) as progress:
         if cluster.writes():
             data = prepare.prepare(run, progress=progress)
@@ -184,16 +191,32 @@ def base(run: Run) -> str:
 
 
 def model_folder(run: Run) -> Folder | None:
-    """The published model that the run begins with, if it names one."""
+    """The published model that the run begins with, if it names one. Raises ValueError where the run cannot have it."""
     if run.model in families.PRESETS:
         return None
-    if Path(run.model).is_dir():
-        return Folder.open(run.model)
+    if run.model and Path(run.model).is_dir():
+        try:
+            folder = Folder.open(run.model)
+        except ValueError as error:
+            raise Fault(f"config.model: {error}") from None
+        _check_settings(run, folder)
+        return folder
     known = list(families.PRESETS)
     raise Fault(
         f"config.model: {run.model!r} is neither a folder nor a preset.{nearest(run.model, known)} "
         f"Presets: {', '.join(known)}"
     )
+
+
+def _check_settings(run: Run, folder: Folder) -> None:
+    given = [name for name, value in dataclasses.asdict(run.architecture).items() if value is not None]
+    if given:
+        raise Fault(f"config.architecture.{given[0]}: {folder.path} says what its model is made of; leave it out")
+    if folder.config.max_length and run.length > folder.config.max_length:
+        raise Fault(
+            f"config.length: {run.length} positions, and {folder.path} was made for {folder.config.max_length}; "
+            f"set config.length to {folder.config.max_length} or less"
+        )
 
 
 def with_adapter(run: Run, config: ModelConfig) -> Run:
@@ -219,18 +242,10 @@ def model_config(run: Run, num_ids: int, folder: Folder | None) -> ModelConfig:
 
 
 def _published(run: Run, folder: Folder, size: int) -> ModelConfig:
-    given = [name for name, value in dataclasses.asdict(run.architecture).items() if value is not None]
-    if given:
-        raise Fault(f"config.architecture.{given[0]}: {folder.path} says what its model is made of; leave it out")
     config = folder.config
     if run.new_tokens and size > config.vocab:
         config = dataclasses.replace(config, vocab=_rounded(size))
     check_vocabulary(size, config.vocab, place=f"config.tokenizer with model {folder.path}")
-    if config.max_length and run.length > config.max_length:
-        raise Fault(
-            f"config.length: {run.length} positions, and {folder.path} was made for {config.max_length}; "
-            f"set config.length to {config.max_length} or less"
-        )
     return dataclasses.replace(config, ids=size)
 
 

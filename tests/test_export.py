@@ -34,13 +34,6 @@ def chatml() -> bytes:
     return tokenizer.train(TEXTS, size=300, controls=formats.CHATML_CONTROLS)
 
 
-class Pieces:
-    """What `parts.model_config` asks data for."""
-
-    def __init__(self, chatml: bytes):
-        self.tokenizer = tokenizer.SentencePiece(chatml)
-
-
 def published(place: Path, chatml: bytes) -> Path:
     """A llama with a chat tokenizer, from nobody."""
     place.mkdir()
@@ -66,7 +59,7 @@ def trained(run_dir: Path, chatml: bytes, *, steps: tuple[int, ...] = (4,), **se
     (run_dir / "config.json").write_text(freeze.to_json(run))
     (run_dir / "tokenizer.model").write_bytes(chatml)
     mesh, began = mesh_for(run.parallel), parts.model_folder(run)
-    config = parts.model_config(run, Pieces(chatml), began)
+    config = parts.model_config(run, tokenizer.SentencePiece(chatml).size, began)
     network = parts.model_of(run, config)
     compiled = loop.compile_step(run, network, mesh, num_steps=4)
     rng = np.random.default_rng(2)
@@ -86,7 +79,7 @@ def trained(run_dir: Path, chatml: bytes, *, steps: tuple[int, ...] = (4,), **se
     with contextlib.closing(Checkpoints(run_dir / "checkpoints", every)) as saved:
         for step in steps:
             numbered = dataclasses.replace(state, step=jnp.int32(step))
-            saved.save(numbered, DataPosition(step, "plan"), {}, {})
+            saved.save(numbered, DataPosition(step, "plan"), {loop.BASE: began.fingerprint() if began else ""}, {})
     return run, tree.flatten(params)
 
 

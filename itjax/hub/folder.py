@@ -19,9 +19,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from itjax.base import tree
 from itjax.base.files import building
 from itjax.hub import configs, names, tensors, weights
 from itjax.models.config import ModelConfig
+from itjax.models.model import build
 from itjax.text import jinja, tokenizer
 from itjax.text.jinja import ChatTemplate
 from itjax.text.tokenizer import Tokenizer
@@ -84,6 +86,18 @@ class Folder:
             )
         return frozenset(found)
 
+    def check(self) -> None:
+        """Raises one ValueError that lists every tensor that is not as config.json says. Only headers are read."""
+        found = tensors.of_folder(self.path)
+        abstract = tree.flatten(build(self.config, dtype="float32", attention="auto", remat="none").abstract)
+        weights.check(
+            self.path,
+            names.entries(self.config, found.keys()),
+            {path: leaf.shape for path, leaf in abstract.items()},
+            found,
+            repeats=names.duplicates(self.config, found.keys()),
+        )
+
     def load(
         self,
         like: "Params",
@@ -97,6 +111,7 @@ class Folder:
         `num_ids` is how many ids the run's tokenizer has: rows of those that the folder's does not have begin as the mean
         of the others. None: as many as the folder's.
         """
+        self.check()
         known = min(self.tokenizer.size, self.config.vocab) if num_ids is not None else self.config.vocab
         present = tensors.of_folder(self.path).keys()
         return weights.load(

@@ -35,6 +35,7 @@ CLOSE = 2  # stride up to which numbers are read together with what lies between
 LONGEST_HEADER = 100_000_000  # bytes, the limit of the format
 PREFIX = 8  # bytes that hold the length of the header
 METADATA = "__metadata__"
+POINTER = b"version https://git-lfs"  # begins what git has in place of a large file
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 UNSAFE = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.gguf", "*.h5", "*.msgpack", "*.pkl", "*.npz")
 OTHERS = ("adapter", "consolidated", "optimizer", "training")  # begin names of files beside a model's own
@@ -204,6 +205,11 @@ def _header_fields(file: Path) -> tuple[dict[str, Any], int]:
     """The header as it stands, and where the data begins."""
     size = file.stat().st_size
     with file.open("rb") as opened:
+        if opened.read(len(POINTER)) == POINTER:
+            raise ValueError(
+                f"{file}: this is git's pointer to the file and not the file; fetch it with `git lfs pull`"
+            )
+        opened.seek(0)
         length = int.from_bytes(opened.read(PREFIX), "little")
         if size < PREFIX or length > min(size - PREFIX, LONGEST_HEADER):
             raise ValueError(f"{file}: {size} bytes cannot hold the header that it begins with; not a safetensors file")

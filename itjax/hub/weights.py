@@ -156,7 +156,8 @@ def load(
     leaves = {path: _located(leaf) for path, leaf in tree.flatten(like).items()}
     assert leaves.keys() == {entry.path for entry in entries}, leaves.keys() ^ {entry.path for entry in entries}
     found = tensors.of_folder(place)
-    lay = check(place, entries, {path: leaf.shape for path, leaf in leaves.items()}, found, repeats=repeats)
+    shapes = {path: leaf.shape for path, leaf in leaves.items()}
+    lay = check(place, entries, shapes, found, repeats=repeats, grows=True)
     keeps = {path: _located(leaf) for path, leaf in tree.flatten(leaves if kept is None else kept).items()}
     params: dict[str, jax.Array] = {}
     with reader or Reader() as opened:
@@ -193,8 +194,12 @@ def check(
     found: Mapping[str, Tensor],
     *,
     repeats: Sequence[Entry] = (),
+    grows: bool = False,
 ) -> dict[str, Lie]:
-    """How our leaves lie in the folder's tensors. Raises one ValueError that lists every tensor that does not fit."""
+    """How our leaves lie in the folder's tensors. Raises one ValueError that lists every tensor that does not fit.
+
+    With `grows`, embedding and head may have fewer rows than ours.
+    """
     lay = lies(entries, shapes)
     faults: dict[str, str] = {}
     wanted: dict[str, tuple[Entry, tuple[int, ...], tuple[str, ...]]] = {}
@@ -204,7 +209,7 @@ def check(
     repeated = [entry for entry in repeats if entry.name in found]
     wanted |= {entry.name: (entry, lay[entry.path].theirs, tuple(tensors.FLOATS)) for entry in repeated}
     for name, (entry, shape, dtypes) in wanted.items():
-        if fault := _fault(entry, shape, dtypes, found.get(name)):
+        if fault := _fault(entry, shape, dtypes, found.get(name), grows=grows):
             faults[name] = fault
     for name in sorted(found.keys() - wanted.keys()):
         if not is_left_out(name):
@@ -213,7 +218,13 @@ def check(
         listed = [f"  {folder.name}: {name}: {fault}" for name, fault in faults.items()]
         more = [f"  and {len(listed) - MOST_FAULTS} more"] if len(listed) > MOST_FAULTS else []
         raise ValueError(
-            "\n".join([f"{folder}: {len(listed)} tensors do not fit config.json:", *listed[:MOST_FAULTS], *more])
+            "\n".join(
+                [
+                    f"{folder}: {len(listed)} {'tensors do' if len(listed) > 1 else 'tensor does'} not fit config.json:",
+                    *listed[:MOST_FAULTS],
+                    *more,
+                ]
+            )
             + "\nGive the folder as it was published, with the config.json that belongs to the weights"
         )
     return lay
@@ -227,14 +238,15 @@ def _expected(name: str, lie: Lie) -> list[tuple[str, tuple[int, ...], tuple[str
     return [(f"{name}_blocks", (*groups, PACKED // 2), ("U8",)), (f"{name}_scales", groups, ("U8",))]
 
 
-def _fault(entry: Entry, shape: tuple[int, ...], dtypes: tuple[str, ...], tensor: Tensor | None) -> str:
-    """What is wrong with a tensor; nothing where it fits. A table may have fewer rows than ours."""
+def _fault(entry: Entry, shape: tuple[int, ...], dtypes: tuple[str, ...], tensor: Tensor | None, *, grows: bool) -> str:
+    """What is wrong with a tensor; nothing where it fits."""
     if tensor is None:
         return f"have none, want {list(shape)}"
     if tensor.dtype not in dtypes:
         return f"have {_words(tensor)}, want one of {', '.join(dtypes)}; other numbers are not read"
-    grows = entry.path in TABLES and tensor.shape[1:] == shape[1:] and 0 < tensor.shape[0] <= shape[0]
-    return "" if grows or tensor.shape == shape else f"have {_words(tensor)}, want {list(shape)}"
+    if grows and entry.path in TABLES and tensor.shape[1:] == shape[1:] and 0 < tensor.shape[0] <= shape[0]:
+        return ""
+    return "" if tensor.shape == shape else f"have {_words(tensor)}, want {list(shape)}"
 
 
 def _words(tensor: Tensor) -> str:

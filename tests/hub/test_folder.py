@@ -77,6 +77,17 @@ def test_rows_of_new_ids_begin_as_the_mean(tmp_path, model):
     np.testing.assert_array_equal(new[known + 3 :], 0)
 
 
+def test_an_embedding_of_fewer_rows_than_the_config_says_is_no_padding(tmp_path, model):
+    """New ids get rows; ids that the folder itself has should have them."""
+    known = config(model).vocab
+    opened = Folder.open(publish(tmp_path / "m", model, vocab_size=known + 8))
+    words = rf"1 tensor does not fit .*\n.*embed_tokens.weight: have F32 \[{known}, 32\], want \[{known + 8}, 32\]"
+    with pytest.raises(ValueError, match=words):
+        opened.check()
+    with pytest.raises(ValueError, match=words):
+        opened.load(tiny_model(opened.config).abstract, num_ids=known)
+
+
 @pytest.mark.parametrize(
     "generation, fields, ids",
     [

@@ -114,6 +114,13 @@ def test_a_file_too_short_for_its_header_is_refused(tmp_path, content):
         tensors.header(path)
 
 
+def test_a_pointer_that_git_left_in_place_of_a_shard_is_known(tmp_path):
+    path = tmp_path / "model.safetensors"
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 4976698672\n")
+    with pytest.raises(ValueError, match=f"{path}: this is git's pointer .* `git lfs pull`"):
+        tensors.header(path)
+
+
 def test_a_file_cut_while_it_is_read_is_named_with_the_tensor(tmp_path):
     path = file_of(tmp_path, a=A)
     found = tensors.header(path)

@@ -299,7 +299,7 @@ def test_nothing_is_read_before_all_of_it_fits(tmp_path):
     del found["model.norm.weight"]
     oracle.save_file(found, tmp_path / "model.safetensors")
     reader = Reader()
-    with pytest.raises(ValueError, match="1 tensors do not fit"):
+    with pytest.raises(ValueError, match="1 tensor does not fit"):
         weights.load(tmp_path, entries(LLAMA), like(LLAMA, MESHES[0]), reader=reader)
     assert reader.num_bytes == 0
 
