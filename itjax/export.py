@@ -330,6 +330,11 @@ def write_adapter(trained: Trained, out: Path, *, say: Say) -> None:
             f"--adapter: {began.path} has {began.config.vocab} rows and the run {config.vocab}, as config.new_tokens grew "
             "it; export the merged model, without the flag"
         )
+    if trained.tokenizer.size > began.tokenizer.size and (still := _untrained_tables(trained)):
+        raise Fault(
+            f"--adapter: config.new_tokens gave rows of {' and '.join(still)} new values, which {began.path} does not have "
+            "and adapters do not hold; export the merged model, without the flag, or train with them in config.lora.also"
+        )
     adapters.write_peft(out, trained.params, run.lora, config, base=str(began.path.absolute()))
     for name, content in published.files(trained.tokenizer, trained.format, max_length=run.length).items():
         if name != folder.GENERATION:
@@ -341,6 +346,12 @@ def write_adapter(trained: Trained, out: Path, *, say: Say) -> None:
         raise RuntimeError(f"the folder's adapters differ: {differ or settings}")
     size = (out / adapters.WEIGHTS).stat().st_size
     say(f"adapters {size / 1e6:,.1f} MB in float32, for {began.path}; read again: the same to the last bit")
+
+
+def _untrained_tables(trained: Trained) -> list[str]:
+    """Of embedding and head those that no adapter's folder would hold."""
+    tables = [path for path in weights.TABLES if path in tree.flatten(trained.model.abstract)]
+    return [path for path in tables if not tree.matches(path, trained.run.lora.also)]
 
 
 # --- the proof --------------------------------------------------------------------------------------------------------

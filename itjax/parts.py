@@ -201,6 +201,11 @@ def model_folder(run: Run) -> Folder | None:
             raise Fault(f"config.model: {error}") from None
         _check_settings(run, folder)
         return folder
+    if "/" in run.model:
+        raise Fault(
+            f"config.model: {run.model!r}: there is no such folder; give one of a published model. Where a run began with "
+            "it and it was moved, leave a link to it in its old place"
+        )
     known = list(families.PRESETS)
     raise Fault(
         f"config.model: {run.model!r} is neither a folder nor a preset.{nearest(run.model, known)} "

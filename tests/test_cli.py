@@ -70,11 +70,19 @@ def test_a_fault_of_the_user_is_one_message(capsys, files, name):
     assert err.strip().count("\n") <= 1, "one message"
 
 
-@pytest.mark.parametrize("model", ["tyni", "", "nowhere/Llama-3.2-1B"])
-def test_a_model_that_is_not_there_is_told_before_data_is_read(capsys, files, model):
+@pytest.mark.parametrize(
+    "model, words",
+    [
+        ("tyni", "is neither a folder nor a preset. Did you mean 'tiny'?"),
+        ("", "is neither a folder nor a preset"),
+        ("nowhere/Llama-3.2-1B", ": there is no such folder; give one of a published model"),
+    ],
+)
+def test_a_model_that_is_not_there_is_told_before_data_is_read(capsys, files, model, words):
     code, err = outcome(capsys, files("{oops}", f"--config.model={model}"))
     assert (code, err.count("\n")) == (cli.FAULT_OF_USER, 1)
-    assert f"config.model: {model!r} is neither a folder nor a preset" in err
+    assert f"config.model: {model!r}" in err
+    assert words in err
 
 
 def test_files_that_do_not_exist_are_named(capsys, files):

@@ -34,10 +34,10 @@ def chatml() -> bytes:
     return tokenizer.train(TEXTS, size=300, controls=formats.CHATML_CONTROLS)
 
 
-def published(place: Path, chatml: bytes) -> Path:
+def published(place: Path, chatml: bytes, *, spare: int = 0) -> Path:
     """A llama with a chat tokenizer, from nobody."""
     place.mkdir()
-    size = tokenizer.SentencePiece(chatml).size
+    size = tokenizer.SentencePiece(chatml).size + spare
     config = dataclasses.replace(TINY, vocab=size)
     rng = np.random.default_rng(1)
     abstract = build(config, dtype="float32", attention="auto", remat="none").abstract
@@ -165,6 +165,21 @@ def test_adapters_of_a_folder_go_out_merged_or_alone(tmp_path, chatml):
     assert json.loads((tmp_path / "alone" / "adapter_config.json").read_text())["r"] == 2
     assert (tmp_path / "alone" / "adapter_model.safetensors").stat().st_size < 20_000
     assert not (tmp_path / "alone" / "model.safetensors").exists()
+
+
+def test_adapters_go_out_alone_only_with_the_rows_that_new_tokens_got(tmp_path, chatml):
+    """Rows of new ids begin as a mean, which the base does not have: without them the adapter would be of another model."""
+    base = published(tmp_path / "base", chatml, spare=2)
+    grown = tokenizer.with_tokens(tokenizer.SentencePiece(chatml), ["<|tool|>"]).model
+    few = {"model": str(base), "new_tokens": ("<|tool|>",), "architecture": schema.Architecture()}
+    adapted = schema.Lora(rank=2, targets=("layers/attn/q",))
+    trained(tmp_path / "fixed", grown, lora=adapted, **few)
+    with pytest.raises(Fault, match=r"--adapter: config\.new_tokens gave rows of embed/kernel new values"):
+        exported(tmp_path / "fixed", tmp_path / "out", "--adapter")
+    assert not (tmp_path / "out").exists()
+    trained(tmp_path / "moved", grown, lora=dataclasses.replace(adapted, also=("embed/*",)), **few)
+    exported(tmp_path / "moved", tmp_path / "out", "--adapter")
+    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["modules_to_save"]
 
 
 @pytest.mark.parametrize(

@@ -2,12 +2,14 @@
 
 import json
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 from itjax import parts
 from itjax.base.schema import Architecture, Lora, Optimizer, Run
 from itjax.hub import configs, names, weights
-from tests.fakes import TINY, tiny_params
+from tests.fakes import TINY, tiny_model
 
 FAULTS = {
     "settings of a preset": ({"architecture": Architecture(layers=3)}, {}, "config.architecture.layers: .* leave it out"),
@@ -22,7 +24,12 @@ FAULTS = {
 def published(tmp_path_factory):
     """A folder without a tokenizer, which is not asked for."""
     place = tmp_path_factory.mktemp("published")
-    weights.save(place, tiny_params(), names.entries(TINY), dtype="float32")
+    weights.save(
+        place,
+        jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), tiny_model().abstract),
+        names.entries(TINY),
+        dtype="float32",
+    )
     return place
 
 
