@@ -330,7 +330,7 @@ def write_adapter(trained: Trained, out: Path, *, say: Say) -> None:
             f"--adapter: {began.path} has {began.config.vocab} rows and the run {config.vocab}, as config.new_tokens grew "
             "it; export the merged model, without the flag"
         )
-    if trained.tokenizer.size > began.tokenizer.size and (still := _untrained_tables(trained)):
+    if trained.tokenizer.size > began.num_ids and (still := _untrained_tables(trained)):
         raise Fault(
             f"--adapter: config.new_tokens gave rows of {' and '.join(still)} new values, which {began.path} does not have "
             "and adapters do not hold; export the merged model, without the flag, or train with them in config.lora.also"

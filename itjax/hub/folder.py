@@ -62,6 +62,12 @@ class Folder:
         """The folder's own tokenizer."""
         return tokenizer.open(self.path)
 
+    @property
+    def num_ids(self) -> int:
+        """How many ids its tokenizer has; where it has none, every row of the embedding is one."""
+        has_one = any((self.path / name).is_file() for name in tokenizer.FOLDER_FILES)
+        return self.tokenizer.size if has_one else self.config.vocab
+
     @cached_property
     def template(self) -> ChatTemplate | None:
         """The folder's own chat template; None where it has none."""
@@ -112,7 +118,7 @@ class Folder:
         of the others. None: as many as the folder's.
         """
         self.check()
-        known = min(self.tokenizer.size, self.config.vocab) if num_ids is not None else self.config.vocab
+        known = min(self.num_ids, self.config.vocab) if num_ids is not None else self.config.vocab
         present = tensors.of_folder(self.path).keys()
         return weights.load(
             self.path,

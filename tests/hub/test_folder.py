@@ -77,6 +77,13 @@ def test_rows_of_new_ids_begin_as_the_mean(tmp_path, model):
     np.testing.assert_array_equal(new[known + 3 :], 0)
 
 
+def test_a_folder_without_a_tokenizer_takes_that_of_the_run(tmp_path, model):
+    opened = Folder.open(publish(tmp_path / "m", model))
+    (tmp_path / "m" / "tokenizer.model").unlink()
+    loaded = opened.load(tiny_model(opened.config).abstract, num_ids=opened.config.vocab - 3)
+    np.testing.assert_array_equal(loaded["embed"]["kernel"], drawn(opened.config)["embed"]["kernel"])
+
+
 def test_an_embedding_of_fewer_rows_than_the_config_says_is_no_padding(tmp_path, model):
     """New ids get rows; ids that the folder itself has should have them."""
     known = config(model).vocab
