@@ -6,7 +6,7 @@ the same logits, bit by bit.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -168,7 +168,7 @@ def restored(settings: Settings) -> Trained:
     else:
         wanted = {"params": like.params}
     with jax.set_mesh(mesh):
-        found = checkpoint.restore_part(_checkpoints(settings), step, wanted)
+        found = _read(_checkpoints(settings), step, wanted)
         frozen: Params = {}
         if like.frozen and not settings.adapter:
             _check_base(_checkpoints(settings), step, began)
@@ -178,6 +178,19 @@ def restored(settings: Settings) -> Trained:
         optimizer = run.optimizer if state.average else dataclasses.replace(run.optimizer, average=0.0)
         params = join(evaluated(state, optimizer), frozen)
     return Trained(run, step, pieces, _format(run, pieces), began, mesh, model, params)
+
+
+def _read(checkpoints: Path, step: int, wanted: Mapping[str, Any]) -> dict[str, Any]:
+    """Parts of a checkpoint. Raises Fault where a run that goes on has removed it meanwhile."""
+    try:
+        return checkpoint.restore_part(checkpoints, step, wanted)
+    except Exception as error:  # the library raises what it happens to miss
+        if step in checkpoint.steps(checkpoints):
+            raise
+        raise Fault(
+            f"{checkpoints / str(step)}: went while it was read, as the run goes on and keeps its last ones only; start "
+            "the export again"
+        ) from error
 
 
 def _check_base(checkpoints: Path, step: int, began: Folder | None) -> None:
@@ -309,7 +322,9 @@ def write_text(trained: Trained, config: ModelConfig, out: Path, *, dtype: str) 
     stops = sorted(chat.stop_ids(trained.format, pieces) | (trained.folder.stop_ids if trained.folder else set()))
     fields = configs.write(config, dtype=dtype, bos=pieces.bos, eos=stops, pad=pieces.pad, length=run.length)
     found = published.files(pieces, trained.format, max_length=config.max_length or run.length)
-    generation = {**tensors.parse_json(found[folder.GENERATION], folder.GENERATION), "eos_token_id": stops}
+    published_with = trained.folder.generation if trained.folder else {}  # temperature and the like stay as they were
+    written = tensors.parse_json(found[folder.GENERATION], folder.GENERATION)
+    generation = {**published_with, **written, "eos_token_id": stops}
     found |= {
         folder.CONFIG: tensors.dump_json(fields).encode(),
         folder.GENERATION: tensors.dump_json(generation).encode(),

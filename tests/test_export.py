@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import jax
@@ -45,7 +46,7 @@ def published(place: Path, chatml: bytes, *, spare: int = 0) -> Path:
     weights.save(place, params, names.entries(config), dtype="float32")
     fields = configs.write(config, dtype="float32", bos=2, eos=3, pad=0, length=64)
     (place / "config.json").write_text(json.dumps(fields))
-    (place / "generation_config.json").write_text(json.dumps({"eos_token_id": [3, 7]}))
+    (place / "generation_config.json").write_text(json.dumps({"eos_token_id": [3, 7], "temperature": 0.6}))
     (place / "tokenizer.model").write_bytes(chatml)
     return place
 
@@ -159,6 +160,7 @@ def test_adapters_of_a_folder_go_out_merged_or_alone(tmp_path, chatml):
     np.testing.assert_array_equal(read["layers/mlp/up/kernel"], before["layers/mlp/up/kernel"])
     assert opened.config.tie_embeddings
     assert 7 in opened.stop_ids  # as the base's own generation config has it
+    assert opened.generation["temperature"] == 0.6
     assert "those of the run move by at most" in "\n".join(said)
 
     exported(tmp_path / "run", tmp_path / "alone", "--adapter")
@@ -203,12 +205,21 @@ def test_a_mistake_is_one_message(tmp_path, monkeypatch, flags, words):
     assert [path.name for path in tmp_path.iterdir()] == ["something"]
 
 
-def test_what_a_run_does_not_have_is_said(tmp_path, chatml):
+def test_what_a_run_does_not_have_is_said(tmp_path, chatml, monkeypatch):
     trained(tmp_path / "run", chatml)
     with pytest.raises(Fault, match=r"--step=3: there is no such checkpoint; there are 4"):
         exported(tmp_path / "run", tmp_path / "out", "--step=3")
     with pytest.raises(Fault, match=r"--adapter: .* trained no adapters"):
         exported(tmp_path / "run", tmp_path / "out", "--adapter")
+
+    def too_late(checkpoints: Path, step: int, wanted: object) -> None:
+        """A run that goes on keeps its last checkpoints only."""
+        shutil.rmtree(checkpoints / str(step))
+        raise FileNotFoundError("Checkpoint not found.")
+
+    monkeypatch.setattr(export.checkpoint, "restore_part", too_late)
+    with pytest.raises(Fault, match="checkpoints/4: went while it was read"):
+        exported(tmp_path / "run", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
