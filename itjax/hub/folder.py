@@ -93,7 +93,11 @@ class Folder:
         return frozenset(found)
 
     def check(self) -> None:
-        """Raises one ValueError that lists every tensor that is not as config.json says. Only headers are read."""
+        """Raises one ValueError that lists every tensor that is not as config.json says. Only headers are read.
+
+        And for ids that end an answer and are none: an export would be refused for them when all is trained.
+        """
+        _ = self.stop_ids
         found = tensors.of_folder(self.path)
         abstract = tree.flatten(build(self.config, dtype="float32", attention="auto", remat="none").abstract)
         weights.check(

@@ -389,7 +389,8 @@ def fit(format: Format, tokenizer: Tokenizer) -> Format:
     if lacking:
         raise ValueError(
             f"format: {format.name!r} needs the control tokens {lacking}, which the tokenizer lacks; "
-            "choose a format made for this tokenizer, 'plain', or a tokenizer trained with these controls"
+            "choose a format made for this tokenizer, 'plain', or a tokenizer trained with these controls; "
+            "config.new_tokens gives them to the tokenizer of a model's folder"
         )
     found = tuple(name for name in format.optional if tokenizer.control(name) is not None)
     format = replace(format, controls=format.controls + found, optional=()) if format.optional else format

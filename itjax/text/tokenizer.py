@@ -611,8 +611,20 @@ def _config(folder: Path) -> dict[str, Any]:
     roles = {name: fields.get(name) for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
     texts = {name: token.get("content") if isinstance(token, dict) else token for name, token in roles.items()}
     more = fields.get("added_tokens_decoder")
+    if more and not _is_declaration(more):
+        raise ValueError(
+            f"{folder}: added_tokens_decoder: {str(more)[:80]}; it should be ids, and of each its content; give "
+            "tokenizer_config.json as it was published"
+        )
     found: dict[str, Any] = {name: text for name, text in texts.items() if isinstance(text, str)}
     return found | ({"added_tokens_decoder": more} if more else {})
+
+
+def _is_declaration(more: Any) -> bool:
+    return isinstance(more, dict) and all(
+        id.isdecimal() and isinstance(token, dict) and isinstance(token.get("content"), str)
+        for id, token in more.items()
+    )
 
 
 def _more_controls(config: Mapping[str, Any]) -> dict[str, int]:

@@ -77,6 +77,14 @@ def test_rows_of_new_ids_begin_as_the_mean(tmp_path, model):
     np.testing.assert_array_equal(new[known + 3 :], 0)
 
 
+@pytest.mark.parametrize("declared", [{"300": "<|y|>"}, {"x": {"content": "<|y|>"}}, {"300": {"content": 3}}, [1]])
+def test_tokens_that_are_declared_in_another_form_are_refused(tmp_path, model, declared):
+    opened = Folder.open(publish(tmp_path / "m", model))
+    (tmp_path / "m" / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": declared}))
+    with pytest.raises(ValueError, match=r"m: added_tokens_decoder: .* it should be ids, and of each its content"):
+        _ = opened.tokenizer
+
+
 def test_a_folder_without_a_tokenizer_takes_that_of_the_run(tmp_path, model):
     opened = Folder.open(publish(tmp_path / "m", model))
     (tmp_path / "m" / "tokenizer.model").unlink()
@@ -114,6 +122,8 @@ def test_an_end_that_is_no_id_is_refused(tmp_path, model, ids):
     opened = Folder.open(publish(tmp_path / "m", model, generation={"eos_token_id": ids}))
     with pytest.raises(ValueError, match=r"generation_config.json: eos_token_id: .* should be ids below"):
         _ = opened.stop_ids
+    with pytest.raises(ValueError, match="eos_token_id"):
+        opened.check()
 
 
 def test_a_folder_of_no_model_is_refused(tmp_path):
