@@ -2,6 +2,8 @@
 
 import json
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -15,7 +17,9 @@ SLOW_ON_EIGHT = pytest.param(8, "data 2 x fsdp 2 x tensor 2", marks=pytest.mark.
 @pytest.mark.parametrize("devices, mesh", [(2, "data 1 x fsdp 2 x tensor 1"), SLOW_ON_EIGHT])
 def test_every_check_holds(tmp_path, devices, mesh):
     out = tmp_path / "checks.json"
-    process = runs.start(tmp_path / "run", devices=devices, module="itjax.verify", more=[f"--json={out}"], rows=8)
+    process = runs.start(
+        tmp_path / "run", devices=devices, module="itjax.verify", more=[f"--json={out}"], rows=8, length=256
+    )
     assert "full rematerialization" not in runs.finish(process)
     result = json.loads(out.read_text())
     names = [check["name"] for check in result["checks"]]
@@ -51,7 +55,12 @@ def test_every_check_holds_for_adapters_over_a_small_base(tmp_path):
     out = tmp_path / "checks.json"
     settings = {"lora.rank": 4, "lora.base": "int8", "rows": 8}
     runs.finish(runs.start(tmp_path / "run", devices=2, module="itjax.verify", more=[f"--json={out}"], **settings))
-    assert json.loads(out.read_text())["ok"]
+    result = json.loads(out.read_text())
+    assert result["ok"]
+    assert [check["name"] for check in result["checks"] if "adapters" in check["name"]] == [
+        "adapters: the first step is the base",
+        "adapters: merged is unmerged",
+    ]
 
 
 def test_a_mesh_is_any_product_of_the_devices():
@@ -66,3 +75,11 @@ def test_distance_is_relative_to_the_gradient():
     other = verify.Outcome(2.0, {"a": np.array([3.0, 4.5])})
     assert verify.distance(one, other) == pytest.approx(0.1)
     assert not verify.check("x", float("nan"), 1.0).ok
+
+
+def test_noise_is_for_numbers_of_ordinary_size():
+    ones = jnp.ones(4)
+    for leaf in ("codes", "scales"):
+        assert verify._noisy(f"layers/attn/q/kernel/{leaf}", ones, jax.random.key(0), 0.02) is ones
+    moved = verify._noisy("layers/attn/q/lora_b", 0 * ones, jax.random.key(0), 0.02)
+    assert len(set(moved.tolist())) == 4
