@@ -79,6 +79,13 @@ def test_blocks_divide_the_last_dimension(length, size):
     assert moments.block(length) == size
 
 
+def test_draws_of_one_layer_are_a_part_of_those_of_all():
+    words = jnp.array([3, 5], jnp.uint32)
+    whole = moments.draw(words, "layers/a", (3, 4, 50))
+    layers = [moments.draw(words, "layers/a", (4, 50), start=jnp.uint32(number * 200)) for number in range(3)]
+    np.testing.assert_array_equal(whole, jnp.stack(layers))
+
+
 def test_draws_have_an_address_and_look_like_noise():
     words = jnp.array([1, 2], jnp.uint32)
     one = np.asarray(moments.draw(words, "a", (64, 1024)))
@@ -130,7 +137,7 @@ def second_moment_after(steps, kind, *, b2=0.999) -> np.ndarray:
 def test_a_second_moment_follows_gradients_that_become_small(kind, monkeypatch):
     expected = 0.01 + 0.99 * 0.999**2000
     assert second_moment_after(2000, kind).mean() == pytest.approx(expected, rel=0.1)
-    monkeypatch.setattr(moments, "draw", lambda words, path, shape: jnp.full(shape, NEAREST, jnp.uint32))
+    monkeypatch.setattr(moments, "draw", lambda words, path, shape, start=0: jnp.full(shape, NEAREST, jnp.uint32))
     stuck = second_moment_after(2000, kind).mean()
     assert stuck > 0.9  # rounded to the nearest it never falls
 
@@ -166,6 +173,6 @@ def reference() -> float:
 @pytest.mark.parametrize("kind, within", [("bfloat16", 0.03), ("int8", 0.15)])
 def test_training_ends_where_float32_ends(kind, within, monkeypatch):
     assert regression(adamw(moments=kind)) == pytest.approx(reference(), rel=within)
-    monkeypatch.setattr(moments, "draw", lambda words, path, shape: jnp.full(shape, NEAREST, jnp.uint32))
+    monkeypatch.setattr(moments, "draw", lambda words, path, shape, start=0: jnp.full(shape, NEAREST, jnp.uint32))
     nearest = regression(adamw(moments=kind))  # the claim above can fail: this is elsewhere by more than half
     assert abs(nearest / reference() - 1) > 0.5
