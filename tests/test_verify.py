@@ -54,7 +54,7 @@ def test_unpacked_puts_every_segment_alone():
 def test_every_check_holds_for_adapters_over_a_small_base(tmp_path):
     out = tmp_path / "checks.json"
     settings = {"lora.rank": 4, "lora.base": "int8", "rows": 8}
-    runs.finish(runs.start(tmp_path / "run", devices=2, module="itjax.verify", more=[f"--json={out}"], **settings))
+    runs.finish(runs.start(tmp_path / "run", devices=1, module="itjax.verify", more=[f"--json={out}"], **settings))
     result = json.loads(out.read_text())
     assert result["ok"]
     assert [check["name"] for check in result["checks"] if "adapters" in check["name"]] == [
