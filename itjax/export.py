@@ -171,7 +171,8 @@ def restored(settings: Settings) -> Trained:
         found = _read(_checkpoints(settings), step, wanted)
         frozen: Params = {}
         if like.frozen and not settings.adapter:
-            _check_base(_checkpoints(settings), step, began)
+            now = began.fingerprint() if began else ""
+            checkpoint.check_base(_checkpoints(settings), step, now, way_out="export the adapters alone with --adapter")
             read = None if began is None else parts.weights(run, began, config, mesh, num_ids=pieces.size)
             frozen = loop.first_frozen(run, model, compiled, read)
         state = TrainState(step, found.get("params", {}), frozen, found.get("opt_state", ()), found.get("average", {}))
@@ -191,16 +192,6 @@ def _read(checkpoints: Path, step: int, wanted: Mapping[str, Any]) -> dict[str, 
             f"{checkpoints / str(step)}: went while it was read, as the run goes on and keeps its last ones only; start "
             "the export again"
         ) from error
-
-
-def _check_base(checkpoints: Path, step: int, began: Folder | None) -> None:
-    then, now = checkpoint.config(checkpoints, step).get(loop.BASE, ""), began.fingerprint() if began else ""
-    if then != now:
-        place = began.path if began else "the preset"
-        raise Fault(
-            f"{checkpoints / str(step)}: its adapters were trained on the base {then}, and {place} is {now} now; bring the "
-            "folder back as it was, or export the adapters alone with --adapter"
-        )
 
 
 def _run(run_dir: Path) -> schema.Run:

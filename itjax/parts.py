@@ -268,8 +268,7 @@ def weights(run: Run, folder: Folder, config: ModelConfig, mesh: Mesh, *, num_id
 
     def read(kept: Params) -> Params:
         own = {path: leaf for path, leaf in tree.flatten(kept).items() if not lora.is_adapter(path)}
-        shardings = layout.shardings(plain.axes, mesh, plain.abstract)
-        whole = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), plain.abstract, shardings)
+        whole = layout.located(plain.abstract, layout.shardings(plain.axes, mesh, plain.abstract))
         like = {path: own.get(path, leaf) for path, leaf in tree.flatten(whole).items()}
         convert = adapters.quantiser(config, base(run))
         params = folder.load(tree.unflatten(like), num_ids=num_ids, convert=convert, kept=tree.unflatten(own))

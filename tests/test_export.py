@@ -20,7 +20,7 @@ from itjax.hub.folder import Folder
 from itjax.models.model import build
 from itjax.parallel.mesh import mesh_for
 from itjax.text import formats, tokenizer
-from itjax.train import loop
+from itjax.train import checkpoint, loop
 from itjax.train.checkpoint import Checkpoints
 from tests.fakes import TINY
 
@@ -80,7 +80,9 @@ def trained(run_dir: Path, chatml: bytes, *, steps: tuple[int, ...] = (4,), **se
     with contextlib.closing(Checkpoints(run_dir / "checkpoints", every)) as saved:
         for step in steps:
             numbered = dataclasses.replace(state, step=jnp.int32(step))
-            saved.save(numbered, DataPosition(step, "plan"), {loop.BASE: began.fingerprint() if began else ""}, {})
+            saved.save(
+                numbered, DataPosition(step, "plan"), {checkpoint.BASE: began.fingerprint() if began else ""}, {}
+            )
     return run, tree.flatten(params)
 
 

@@ -134,6 +134,11 @@ def shardings(axes: Any, mesh: Mesh, shapes: Any) -> Any:
     return jax.tree.map(one, axes, shapes, is_leaf=lambda leaf: isinstance(leaf, PartitionSpec))
 
 
+def located(shapes: Any, shardings: Any) -> Any:
+    """The shapes of a tree of arrays, each with where it is to live."""
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+
+
 def batch_sharding(mesh: Mesh, rows: int) -> NamedSharding:
     """Rows of a batch over the batch axes that divide them, positions whole."""
     return NamedSharding(mesh, spec(("batch",), (rows,), dict(mesh.shape), RULES))

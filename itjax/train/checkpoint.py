@@ -7,10 +7,12 @@ from typing import Any
 
 import orbax.checkpoint as ocp
 
+from itjax.base.freeze import Fault
 from itjax.base.records import DataPosition
 from itjax.base.schema import Checkpoint
 from itjax.train.state import TrainState
 
+BASE = "base"  # beside the settings: the fingerprint of the folder that frozen parameters come from
 STATE, DATA, CONFIG, MANIFEST = "state", "data", "config", "data_manifest"
 
 
@@ -85,6 +87,19 @@ def config(folder: Path, step: int) -> dict[str, Any]:
     """The settings that a committed step was saved with."""
     with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
         return reader.restore(folder.absolute() / str(step) / CONFIG)
+
+
+def check_base(folder: Path, step: int, now: str, *, way_out: str) -> None:
+    """Raises Fault where a committed step was trained on another base than there is now, by the folders' fingerprints.
+
+    An empty fingerprint is a base that is drawn from the seed.
+    """
+    then = config(folder, step).get(BASE, "")
+    if then != now:
+        raise Fault(
+            f"{folder / str(step)}: was trained on the base {then or 'drawn from the seed'}, and it is "
+            f"{now or 'drawn from the seed'} now, so its adapters would not fit; bring the folder back as it was, or {way_out}"
+        )
 
 
 def restore_part(folder: Path, step: int, like: Mapping[str, Any]) -> dict[str, Any]:

@@ -27,7 +27,6 @@ from itjax.train.state import TrainState, abstract, evaluated, fresh, state_axes
 from itjax.train.step import Metrics, make_train_step
 from itjax.train.watch import Facts, Watch
 
-BASE = "base"  # beside the settings in a checkpoint: the fingerprint of the folder that frozen parameters come from
 Weights = Callable[[Params], Params]  # shapes with shardings -> those of the parameters that a folder has, there
 Evaluator = Callable[[int, Params], list[dict[str, Any]]]  # (step, parameters) -> lines of metrics.jsonl
 
@@ -64,8 +63,7 @@ def compile_step(run: Run, model: Model, mesh: Mesh, *, num_steps: int) -> Compi
         average=run.optimizer.average,
     )
     jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
-    placed = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, shardings)
-    return Compiled(jitted, tx, placed, moves)
+    return Compiled(jitted, tx, layout.located(state, shardings), moves)
 
 
 def begin(
@@ -81,13 +79,9 @@ def begin(
         return first(run, model, compiled, weights), loader.get_state()
     frozen: Params = {}
     if compiled.abstract.frozen:
-        then = checkpoint.config(saved.folder, latest).get(BASE, "")
-        if then != base and not run.allow_change:
-            raise freeze.Fault(
-                f"{saved.folder / str(latest)}: was trained on the base {then or 'drawn from the seed'}, and {run.model} is "
-                f"{base or 'drawn from the seed'} now, so its adapters would not fit; bring the folder back as it was, use "
-                "another --config.run_dir, or go on regardless with --config.allow_change=True"
-            )
+        if not run.allow_change:
+            way_out = "use another --config.run_dir, or go on regardless with --config.allow_change=True"
+            checkpoint.check_base(saved.folder, latest, base, way_out=way_out)
         frozen = first_frozen(run, model, compiled, weights)
     state, position = saved.restore(latest, dataclasses.replace(compiled.abstract, frozen={}))
     if run.allow_change:
@@ -175,7 +169,7 @@ def train(
     )
     if start:
         watch.say(f"resuming {run_dir} at step {start} of {num_steps}")
-    config = dataclasses.asdict(run) | {BASE: base}
+    config = dataclasses.asdict(run) | {checkpoint.BASE: base}
     with contextlib.closing(watch), contextlib.closing(saved), contextlib.closing(loader), _sigterm() as stop:
         if start == 0 and evaluators:
             watch.scores(0, _scores(run, evaluators, 0, state))

@@ -12,7 +12,7 @@ from itjax.base import schema
 from itjax.base.records import DataPosition
 from itjax.parallel import layout
 from itjax.parallel.mesh import mesh_for
-from itjax.train import optimizer
+from itjax.train import checkpoint, optimizer
 from itjax.train.checkpoint import Checkpoints
 from itjax.train.state import TrainState, abstract, fresh, state_axes
 from tests.fakes import tiny_model
@@ -27,13 +27,25 @@ def placed(parallel: schema.Parallel) -> tuple[TrainState, TrainState]:
     shapes = abstract(model.abstract, {}, TX)
     shardings = layout.shardings(state_axes(model.axes, model.abstract, TX, {}), mesh, shapes)
     state = jax.device_put(fresh(model.init(jax.random.key(0)), {}, TX), shardings)
-    return state, jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+    return state, layout.located(shapes, shardings)
 
 
 def save(folder, state, step):
     with contextlib.closing(Checkpoints(folder, SETTINGS)) as saved:
         numbered = TrainState(jnp.int32(step), state.params, {}, state.opt_state)
         saved.save(numbered, DataPosition(step, "plan"), {"steps": 9}, {"sources": {"mine": {"kept": 3}}})
+
+
+@pytest.mark.parametrize("then, now", [("a1", "b2"), ("", "b2"), ("a1", "")])
+def test_adapters_of_another_base_are_refused(tmp_path, then, now):
+    folder = tmp_path / "7" / checkpoint.CONFIG
+    folder.mkdir(parents=True)
+    (folder / "metadata").write_text(json.dumps({checkpoint.BASE: then}))
+    checkpoint.check_base(tmp_path, 7, then, way_out="leave it")
+    with pytest.raises(
+        ValueError, match=f"7: was trained on the base {then or 'drawn'}.* and it is {now or 'drawn'}.*leave it"
+    ):
+        checkpoint.check_base(tmp_path, 7, now, way_out="leave it")
 
 
 def test_moments_lie_where_their_parameters_lie():
