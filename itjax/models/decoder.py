@@ -115,11 +115,7 @@ class Block(nnx.Module):
         self.attn = Attention(config, keys, options)
         self.attn_post_norm = _norm(config) if after else None
         self.mlp_norm = _norm(config) if before else None
-        self.mlp = (
-            Mlp(config, keys, options)
-            if config.experts is None
-            else Mixture(config, keys, options, options.capacity_factor)
-        )
+        self.mlp = Mlp(config, keys, options) if config.experts is None else Mixture(config, keys, options)
         self.mlp_post_norm = _norm(config) if after else None
 
     def __call__(self, x_BTD: jax.Array, sight: Sight, draws: Draws, facts: Facts | None) -> tuple[jax.Array, Aux]:

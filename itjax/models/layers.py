@@ -17,7 +17,7 @@ from itjax.models import lora, quantize
 
 @dataclass(frozen=True)
 class Options:
-    """How linear layers keep their kernels, and what is added to them."""
+    """How linear layers keep their kernels, what is added to them, and how much experts take."""
 
     lora: Lora = field(default_factory=Lora)  # rank 0: nothing is added
     base: str = "float32"  # "float32", "bfloat16", "int8" or "nf4"

@@ -106,19 +106,17 @@ class ExpertProjection(nnx.Module):
 
 
 class Mixture(nnx.Module):
-    """Takes the place of the feed-forward. `capacity_factor` limits how many tokens of a row an expert takes.
+    """Takes the place of the feed-forward. `options.capacity_factor` limits how many tokens of a row an expert takes.
 
     It is a multiple of an even share: with 1.25 an expert takes at most 1.25·T·C/E tokens of each row of T positions, first
     choices before second ones and earlier tokens before later ones. None: as many as come. Rows are the unit so that what
     is dropped depends on neither the mesh nor the micro-batches nor the order of rows.
     """
 
-    def __init__(
-        self, config: ModelConfig, keys: Iterator[jax.Array], options: Options, capacity_factor: float | None = None
-    ) -> None:
+    def __init__(self, config: ModelConfig, keys: Iterator[jax.Array], options: Options) -> None:
         assert config.experts is not None
         self.experts, self.width, self.activation = config.experts, config.ffn, config.activation
-        self.capacity_factor = capacity_factor
+        self.capacity_factor = options.capacity_factor
         E, D, F = config.experts.number, config.dim, config.ffn
         self.router = Router(config, config.experts, next(keys))
 

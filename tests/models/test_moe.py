@@ -47,7 +47,7 @@ FACTS = documents([[12], [5, 7], [3, 3, 3], [1, 11], [2, 4], [], [6, 6], [4, 4, 
 
 @functools.cache
 def parts(config: ModelConfig = CONFIG, capacity: float | None = None):
-    mixture = Mixture(config, iter(jax.random.split(jax.random.key(0), 4)), Options(), capacity)
+    mixture = Mixture(config, iter(jax.random.split(jax.random.key(0), 4)), Options(capacity_factor=capacity))
     graph, state = nnx.split(mixture)
     flat = tree.flatten(nnx.to_pure_dict(state))
     noisy = {path: leaf + 0.3 * numbers(*leaf.shape, seed=n) for n, (path, leaf) in enumerate(flat.items())}
