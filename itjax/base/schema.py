@@ -193,6 +193,7 @@ class Parallel:
     data: int = bounded(-1, at_least=-1)
     fsdp: int = bounded(1, at_least=-1)
     expert: int = bounded(1, at_least=-1)
+    context: int = bounded(1, at_least=-1)
     tensor: int = bounded(1, at_least=-1)
     capacity_factor: float | None = bounded(
         None, above=0

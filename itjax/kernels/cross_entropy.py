@@ -42,27 +42,38 @@ def linear_cross_entropy(
     z_loss: float,
     softcap: float = 0.0,
     chunk: int,
-    shards: int,
+    shards: tuple[int, int],
     pin: Pin,
 ) -> CrossEntropy:
     """Weighted sums of -log p(target), p = softmax(x · head), without the logits of more than `chunk` positions a shard.
 
     With a `softcap` c the logits are c·tanh(x · head / c). `vocab` is how many rows of the head are real (the others get
-    no probability), `shards` into how many parts the mesh splits the rows, `pin(x, *names)` lays an array out on it.
+    no probability), `shards` into how many parts the mesh splits rows and positions, `pin(x, *names)` lays an array out on it.
     Products are in the dtype of `x`, the rest in float32.
     """
-    shape = targets_BT.shape
-    flat_SR = (shards, targets_BT.size // shards)
-    weights_SR = jax.lax.stop_gradient(weights_BT.astype(jnp.float32).reshape(flat_SR))
+    weights_SR = jax.lax.stop_gradient(_by_shard(weights_BT.astype(jnp.float32), shards))
     out = _sums(
-        pin(x_BTD.reshape(*flat_SR, -1), "batch", None, None),
+        pin(_by_shard(x_BTD, shards), "shards", None, None),
         head_VD,
-        targets_BT.reshape(flat_SR),
+        _by_shard(targets_BT, shards),
         weights_SR,
-        _Settings(vocab, z_loss, softcap, min(chunk, flat_SR[1]), pin),
+        _Settings(vocab, z_loss, softcap, min(chunk, weights_SR.shape[1]), pin),
     )
-    facts = [jax.lax.stop_gradient(fact_SR.reshape(shape)) for fact_SR in out[1:]]
+    facts = [jax.lax.stop_gradient(_by_row(fact_SR, targets_BT.shape, shards)) for fact_SR in out[1:]]
     return CrossEntropy(out.loss, *facts)
+
+
+def _by_shard(x_BT_: jax.Array, shards: tuple[int, int]) -> jax.Array:
+    """(B, T, ...) -> (S, R, ...): what each device has, in a row."""
+    (B, T), (rows, positions), rest = x_BT_.shape[:2], shards, x_BT_.shape[2:]
+    split = x_BT_.reshape(rows, B // rows, positions, T // positions, *rest)
+    return split.swapaxes(1, 2).reshape(rows * positions, -1, *rest)
+
+
+def _by_row(x_SR: jax.Array, shape: tuple[int, ...], shards: tuple[int, int]) -> jax.Array:
+    """The inverse of `_by_shard`."""
+    (B, T), (rows, positions) = shape, shards
+    return x_SR.reshape(rows, positions, B // rows, T // positions).swapaxes(1, 2).reshape(B, T)
 
 
 def reference(
@@ -133,23 +144,23 @@ def _loop(x_SRD, head_VD, targets_SR, weights_SR, settings, *, x_moves, head_mov
     C, pin = settings.chunk, settings.pin
     places_SR, num_chunks = _weighted_first(weights_SR, C)
     kernel_VD = pin(head_VD.astype(x_SRD.dtype), "vocab", None)  # whole over D: gathered once, not in every chunk
-    facts_SR = tuple(pin(jnp.zeros((S, R), jnp.float32), "batch", None) for _ in range(3))
-    x_grad_SRD = pin(jnp.zeros_like(x_SRD), "batch", None, None) if x_moves else None
+    facts_SR = tuple(pin(jnp.zeros((S, R), jnp.float32), "shards", None) for _ in range(3))
+    x_grad_SRD = pin(jnp.zeros_like(x_SRD), "shards", None, None) if x_moves else None
     # A sum on each shard, added at the end.
-    head_grad_SVD = pin(jnp.zeros((S, *head_VD.shape), jnp.float32), "batch", "vocab", None) if head_moves else None
+    head_grad_SVD = pin(jnp.zeros((S, *head_VD.shape), jnp.float32), "shards", "vocab", None) if head_moves else None
 
     def body(number, carry):
         facts_SR, x_grad_SRD, head_grad_SVD = carry
         places_SC = jax.lax.dynamic_slice_in_dim(places_SR, number * C, C, axis=1)
-        x_SCD = pin(_take(x_SRD, places_SC), "batch", None, None)
+        x_SCD = pin(_take(x_SRD, places_SC), "shards", None, None)
         weights_SC = _take(weights_SR, places_SC)
-        logits_SCV = pin(_logits(x_SCD, kernel_VD), "batch", None, "vocab")
+        logits_SCV = pin(_logits(x_SCD, kernel_VD), "shards", None, "vocab")
         chunk = _chunk(logits_SCV, _take(targets_SR, places_SC), weights_SC, settings)
         new = (chunk.nll_SC, chunk.log_z_SC, chunk.hits_SC)
         facts_SR = tuple(_put(fact, places_SC, value) for fact, value in zip(facts_SR, new, strict=True))
-        grad_SCV = pin(chunk.grad_SCV.astype(x_SRD.dtype), "batch", None, "vocab")
+        grad_SCV = pin(chunk.grad_SCV.astype(x_SRD.dtype), "shards", None, "vocab")
         if x_moves:
-            x_grad_SRD = _put(x_grad_SRD, places_SC, pin(_product(grad_SCV, kernel_VD), "batch", None, None))
+            x_grad_SRD = _put(x_grad_SRD, places_SC, pin(_product(grad_SCV, kernel_VD), "shards", None, None))
         if head_moves:
             head_grad_SVD += _outer(grad_SCV, x_SCD)
         return facts_SR, x_grad_SRD, head_grad_SVD

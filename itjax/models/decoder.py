@@ -13,11 +13,13 @@ from flax import nnx
 
 from itjax.kernels import attention
 from itjax.kernels.attention import Scores
+from itjax.models import attending
 from itjax.models.activations import gated
 from itjax.models.config import Layer, ModelConfig
 from itjax.models.layers import Draws, Norm, Options, Projection, draw
 from itjax.models.moe import Facts, Mixture
 from itjax.models.rope import Turns, angles, turn
+from itjax.parallel import stripes
 from itjax.parallel.layout import pin
 
 Keys = Iterator[jax.Array]
@@ -140,12 +142,14 @@ class Decoder(nnx.Module):
         *,
         dtype: str,
         attention: str,
+        platform: str,
         remat: str,
         unroll: int,
         options: Options,
         key: jax.Array,
     ) -> None:
-        self.config, self.dtype, self.attention, self.remat, self.unroll = config, dtype, attention, remat, unroll
+        self.config, self.dtype, self.remat, self.unroll = config, dtype, remat, unroll
+        self.attention, self.platform = attention, platform
         keys = jax.random.split(key, 2 + config.layers)
         self.embed = Table(config, keys[0])
         # One Block, every parameter of which leads with a dimension of layers.
@@ -163,8 +167,11 @@ class Decoder(nnx.Module):
     ) -> tuple[jax.Array, Aux]:
         """What the head reads at each position, (B, T, D), and sums by name, each with a dimension of layers.
 
-        `key` is for what is drawn on the way (dropout of adapters); None: nothing is.
+        `key` is for what is drawn on the way (dropout of adapters); None: nothing is. Inside, positions are in the order
+        of stripes, which is another one where the mesh splits rows.
         """
+        of_rows = (tokens_BT, positions_BT, segments_BT, weights_BT)
+        tokens_BT, positions_BT, segments_BT, weights_BT = map(stripes.striped, of_rows)
         turns = self._turns(positions_BT, length=tokens_BT.shape[1])
         facts = Facts(segments_BT, weights_BT)
 
@@ -172,8 +179,8 @@ class Decoder(nnx.Module):
             scores = self._scores(kind)
 
             def attend(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, sinks_N: jax.Array | None) -> jax.Array:
-                return attention.attend(
-                    q_BTNH, k_BTKH, v_BTKH, segments_BT, implementation=self.attention, scores=scores, sinks_N=sinks_N
+                return attending.attend(
+                    q_BTNH, k_BTKH, v_BTKH, segments_BT, sinks_N, wanted=self.attention, platform=self.platform, scores=scores
                 )
 
             return Sight(turns[kind.rope], attend)
@@ -183,7 +190,7 @@ class Decoder(nnx.Module):
             return block(x_BTD, sight(kind), draws, facts)
 
         x_BTD, aux = self._through(layer, self._embed(tokens_BT), remat=self.remat)
-        return self.final_norm(x_BTD), aux
+        return stripes.natural(self.final_norm(x_BTD)), aux
 
     def step(self, cache: Cache, tokens_BT: jax.Array) -> tuple[jax.Array, Cache]:
         """Features of the next T tokens, (B, T, D), and the cache that holds them too."""

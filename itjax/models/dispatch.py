@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 
 from itjax.kernels import grouped
-from itjax.parallel import layout
+from itjax.parallel import layout, stripes
 
 AXIS = "expert"  # of the mesh
 
@@ -53,16 +53,16 @@ FeedForward = Callable[[jax.Array, Groups], jax.Array]  # x_MD of the experts th
 
 @dataclass(frozen=True)
 class Ways:
-    """The mesh axes in scope that split the rows of a batch, the experts, and the hidden numbers of each."""
+    """The mesh axes in scope that split the tokens of a batch, the experts, and the hidden numbers of each."""
 
-    rows: tuple[str, ...]
+    tokens: tuple[str, ...]
     experts: tuple[str, ...]
     hidden: tuple[str, ...]
 
     @property
     def meets_others(self) -> bool:
         """Whether the tokens of a device choose experts that it does not have."""
-        return AXIS in self.rows and AXIS in self.experts
+        return AXIS in self.tokens and AXIS in self.experts
 
     @property
     def parts(self) -> int:
@@ -71,29 +71,30 @@ class Ways:
 
     def own(self, key: jax.Array) -> jax.Array:
         """A key of this device, the same where hidden numbers of the same tokens are."""
-        axes = tuple(dict.fromkeys((*self.rows, *self.experts)))
+        axes = tuple(dict.fromkeys((*self.tokens, *self.experts)))
         return jax.random.fold_in(key, jax.lax.axis_index(axes)) if axes else key
 
     def total(self, y_BTD: jax.Array) -> jax.Array:
         """Added up over devices with other experts or hidden numbers for the same tokens."""
         sizes = layout.scope()
-        others = tuple(axis for axis in sizes if axis not in self.rows)
+        others = tuple(axis for axis in sizes if axis not in self.tokens)
         if math.prod(sizes.values()) == 1 or not others:
             return y_BTD
         copies = math.prod(sizes[axis] for axis in others if axis not in (*self.experts, *self.hidden))
         return jax.lax.psum(y_BTD, others) / copies
 
 
-def ways(*, rows: int, experts: int, width: int) -> Ways:
-    """How the mesh in scope splits a batch of so many rows and experts of this hidden width."""
-    return Ways(*layout.split(("batch",), (rows,)), *layout.split(("experts", "ffn"), (experts, width)))
+def ways(*, rows: int, length: int, experts: int, width: int) -> Ways:
+    """How the mesh in scope splits a batch of so many rows and positions, and experts of this hidden width."""
+    by_rows, by_length = layout.split(("batch", "length"), (rows, length))
+    return Ways(by_rows + by_length, *layout.split(("experts", "ffn"), (experts, width)))
 
 
 def limited(routes: Routes, capacity: int | None, number: int) -> Routes:
     """The same routes, but nowhere for those that find the places of their expert taken, which are so many per row."""
     if capacity is None:
         return routes
-    slots_BTC = jax.vmap(partial(_slots, number=number))(routes.experts_BTC)
+    slots_BTC = stripes.striped(jax.vmap(partial(_slots, number=number))(stripes.natural(routes.experts_BTC)))
     return Routes(jnp.where(slots_BTC < capacity, routes.experts_BTC, number), routes.weights_BTC, slots_BTC)
 
 

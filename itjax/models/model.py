@@ -58,21 +58,23 @@ def build(
     lora: Lora = NO_LORA,
     base: str = "float32",
     capacity_factor: float | None = None,
+    platform: str | None = None,
 ) -> Model:
-    """The decoder of a config, products in `dtype`. No array is made.
+    """The decoder of a config, products in `dtype`, to run on a platform ("cpu", "gpu", "tpu"; None: jax's own). No array is made.
 
     Parameters are float32, except that with adapters what stays frozen is kept as `base` says. `capacity_factor` bounds
     what an expert takes, see `moe.Mixture`.
     """
-    platform = jax.default_backend()
-    implementation = attention_kernels.choose(attention, platform=platform)
+    platform = platform or jax.default_backend()
+    attention_kernels.check(attention)
     options = Options(lora, base, capacity_factor)
     unroll = config.layers if platform == "cpu" and config.layers <= UNROLLED_ON_CPU else 1
 
     def make(key: jax.Array) -> Decoder:
         return Decoder(
-            config, dtype=dtype, attention=implementation, remat=remat, unroll=unroll, options=options, key=key
-        )
+            config, dtype=dtype, attention=attention, platform=platform, remat=remat, unroll=unroll, options=options,
+            key=key,
+        )  # fmt: skip
 
     def drawn(key: jax.Array) -> Params:
         return adapters.keep(nnx.to_pure_dict(nnx.state(make(key))), lora, base=base)

@@ -154,7 +154,7 @@ class Mixture(nnx.Module):
         shapes = jax.tree.map(lambda leaf: leaf.shape, leaves)
         for part, names_of_part in zip(leaves, names, strict=True):
             _check_scales(part, names_of_part, KEEP)
-        ways = dispatch.ways(rows=x_BTD.shape[0], experts=self.experts.number, width=self.width)
+        ways = dispatch.ways(rows=x_BTD.shape[0], length=x_BTD.shape[1], experts=self.experts.number, width=self.width)
         capacity = None if routes.slots_BTC is None else self._capacity(x_BTD.shape[1])
 
         def on_device(x_BTD: jax.Array, routes: Routes, leaves: list[Any], key: jax.Array | None) -> jax.Array:

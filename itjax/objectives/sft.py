@@ -36,7 +36,7 @@ def sft(model: Model, *, loss: Loss, num_sources: int = 0) -> LossFn:
             z_loss=loss.z_loss,
             softcap=model.config.logit_softcap,
             chunk=loss.chunk,
-            shards=layout.ways("batch", batch.tokens_BT.shape[0]),
+            shards=(layout.ways("batch", batch.tokens_BT.shape[0]), layout.ways("length", batch.tokens_BT.shape[1])),
             pin=layout.pin,
         )
         weights_BT = batch.weights_BT.astype(jnp.float32)

@@ -18,9 +18,10 @@ Rules = Mapping[str, tuple[str, ...]]
 # Logical name -> mesh axes, outermost first. A name with no axes is whole on every device.
 RULES: Rules = {
     "batch": ("data", "fsdp", "expert"),
-    "length": (),
+    "length": ("context",),
+    "shards": ("data", "fsdp", "expert", "context"),  # of the positions of a batch
     "layers": (),
-    "embed": ("fsdp",),
+    "embed": ("fsdp", "expert", "context"),
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
     "head_size": (),
@@ -87,11 +88,14 @@ def split(names: Sequence[str | None], shape: Sequence[int]) -> list[tuple[str, 
     return _splitters(names, shape, scope(), RULES)
 
 
-def per_device(function: Callable[..., jax.Array], *arrays: Any, names: Sequence[Any]) -> jax.Array:
+def per_device(
+    function: Callable[..., jax.Array], *arrays: Any, names: Sequence[Any], everywhere: bool = True
+) -> jax.Array:
     """`function` of the part of each array that a device holds; the result is laid out like the first array.
 
     `names` has a tree for every tree of arrays, with PartitionSpecs of logical names. What the function is given varies over
-    all axes of the mesh, so it adds up over the axes that do not split its result. Without a mesh: a plain call.
+    all axes of the mesh, so it adds up over the axes that do not split its result; or not `everywhere` but over those axes
+    that split something, which then are the axes that split the first array. Without a mesh: a plain call.
     """
     sizes = scope()
     if math.prod(sizes.values()) == 1:
@@ -100,15 +104,23 @@ def per_device(function: Callable[..., jax.Array], *arrays: Any, names: Sequence
     def part(x: jax.Array, logical: PartitionSpec) -> PartitionSpec:
         return spec(tuple(logical), x.shape, sizes, RULES)
 
+    specs = tuple(jax.tree.map(part, tree, logical) for tree, logical in zip(arrays, names, strict=True))
+    parted = {axis for one in jax.tree.leaves(specs) for entry in one for axis in _axes(entry)}
+    axes = tuple(axis for axis in sizes if everywhere or axis in parted)
+
     def varied(x: jax.Array) -> jax.Array:
-        missing = tuple(axis for axis in sizes if axis not in jax.typeof(x).manual_axis_type.varying)
+        missing = tuple(axis for axis in axes if axis not in jax.typeof(x).manual_axis_type.varying)
         return jax.lax.pcast(x, missing, to="varying")
 
     def local(*parts: Any) -> jax.Array:
         return function(*jax.tree.map(varied, parts))
 
-    specs = tuple(jax.tree.map(part, tree, logical) for tree, logical in zip(arrays, names, strict=True))
     return jax.shard_map(local, in_specs=specs, out_specs=specs[0])(*arrays)
+
+
+def _axes(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    """The mesh axes that one entry of a PartitionSpec names."""
+    return () if entry is None else (entry,) if isinstance(entry, str) else entry
 
 
 def gather(parts: Any, names: Any, shapes: Any, *, keep: Sequence[str]) -> Any:
@@ -139,30 +151,42 @@ def located(shapes: Any, shardings: Any) -> Any:
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
 
 
-def batch_sharding(mesh: Mesh, rows: int) -> NamedSharding:
-    """Rows of a batch over the batch axes that divide them, positions whole."""
-    return NamedSharding(mesh, spec(("batch",), (rows,), dict(mesh.shape), RULES))
+def batch_sharding(mesh: Mesh, rows: int, length: int) -> NamedSharding:
+    """Rows of a batch over the batch axes that divide them, positions over the axes of the length."""
+    return NamedSharding(mesh, spec(("batch", "length"), (rows, length), dict(mesh.shape), RULES))
+
+
+def batch_shapes(mesh: Mesh, *, rows: int, length: int) -> PackedBatch:
+    """A global batch without numbers, for whoever compiles before there is data."""
+    sharding = batch_sharding(mesh, rows, length)
+    kinds = PackedBatch(*(np.float32 if name == "weights_BT" else np.int32 for name in PackedBatch._fields))
+    return jax.tree.map(lambda kind: jax.ShapeDtypeStruct((rows, length), kind, sharding=sharding), kinds)
 
 
 def batch_copies(mesh: Mesh, rows: int) -> int:
     """How many devices along the batch axes compute the same rows, because the axes do not divide them; 1 is none."""
     shards = math.prod(mesh.shape.get(axis, 1) for axis in RULES["batch"])
-    return shards // (rows // batch_sharding(mesh, rows).shard_shape((rows,))[0])
+    return shards // (rows // batch_sharding(mesh, rows, 1).shard_shape((rows, 1))[0])
 
 
 def local_rows(mesh: Mesh, rows: int) -> list[int]:
     """Which rows of a global batch of `rows` this process must hold, in order."""
-    indices = batch_sharding(mesh, rows).addressable_devices_indices_map((rows,))
+    indices = batch_sharding(mesh, rows, 1).addressable_devices_indices_map((rows, 1))
     return sorted({row for index in indices.values() if index for row in range(*index[0].indices(rows))})
 
 
 def place(local: PackedBatch, mesh: Mesh, *, rows: int) -> PackedBatch:
-    """This process's rows of a global batch of `rows` (numpy) as its part of the global arrays."""
-    sharding = batch_sharding(mesh, rows)
+    """This process's rows of a global batch of `rows` (numpy, whole rows) as its part of the global arrays."""
+    sharding = batch_sharding(mesh, rows, local.tokens_BT.shape[1])
     if jax.process_count() == 1:
         return jax.device_put(local, sharding)
+    held = np.array(local_rows(mesh, rows))
 
     def globally(x_BT: np.ndarray) -> jax.Array:
-        return jax.make_array_from_process_local_data(sharding, x_BT, (rows, *x_BT.shape[1:]))
+        def box(index: tuple[slice, ...]) -> np.ndarray:
+            """Rows by their numbers in the global batch; of each, the positions of one device."""
+            return x_BT[np.searchsorted(held, np.arange(rows)[index[0]]), index[1]]
+
+        return jax.make_array_from_callback((rows, x_BT.shape[1]), sharding, box)
 
     return jax.tree.map(globally, local)

@@ -12,7 +12,7 @@ from jax.sharding import AxisType, Mesh
 
 from itjax.base.schema import Parallel
 
-AXES = ("data", "fsdp", "expert", "tensor")
+AXES = ("data", "fsdp", "expert", "context", "tensor")
 
 
 def sizes(parallel: Parallel, num_devices: int) -> dict[str, int]:

@@ -10,10 +10,10 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from itjax.kernels import attention
-from itjax.kernels.attention import Scores
+from itjax.kernels import attention, plain
+from itjax.kernels.attention import Scores, Segments
 
-IMPLEMENTATIONS = sorted(attention.IMPLEMENTATIONS)
+PLAIN_XLA = ("blockwise", "reference")
 PLAIN = Scores(8**-0.5)
 SINKS = np.array([0.3, -1.2, 4.0, 0.9])  # 4.0: above all scores of its head, so it is the softmax's maximum
 
@@ -25,7 +25,7 @@ SWITCHES = {
     "all": (Scores(0.7, softcap=3.0, window=20), SINKS),
 }
 
-each_implementation = pytest.mark.parametrize("name", IMPLEMENTATIONS)
+each_implementation = pytest.mark.parametrize("name", PLAIN_XLA)
 each_switch = pytest.mark.parametrize("scores, sinks", SWITCHES.values(), ids=SWITCHES)
 
 
@@ -63,8 +63,8 @@ def compiled(name, scores, block):
 
     @jax.jit
     def attend(q, k, v, segments, sinks):
-        with mock.patch.object(attention, "BLOCK", block):
-            return attention.attend(q, k, v, segments, implementation=name, scores=scores, sinks_N=sinks)
+        with mock.patch.object(plain, "BLOCK", block):
+            return attention.attend(q, k, v, Segments(segments, segments), implementation=name, scores=scores, sinks_N=sinks)
 
     def total(moved, segments, mix):
         *qkv, sinks = moved
@@ -77,14 +77,14 @@ def single(*arrays):
     return tuple(None if x is None else jnp.asarray(x, jnp.float32) for x in arrays)
 
 
-def run(name, q, k, v, segments, scores=PLAIN, sinks=None, *, block=attention.BLOCK):
+def run(name, q, k, v, segments, scores=PLAIN, sinks=None, *, block=plain.BLOCK):
     q, k, v, sinks = single(q, k, v, sinks)
     return np.asarray(compiled(name, scores, block)[0](q, k, v, segments, sinks))
 
 
 def slopes(name, q, k, v, segments, mix, scores, sinks):
     """Gradients in queries, keys, values and, where there are, sinks."""
-    grads = compiled(name, scores, attention.BLOCK)[1](single(q, k, v, sinks), segments, *single(mix))
+    grads = compiled(name, scores, plain.BLOCK)[1](single(q, k, v, sinks), segments, *single(mix))
     return [np.asarray(grad) for grad in grads if grad is not None]
 
 
@@ -93,7 +93,7 @@ def seen(length, *, window):
     same, values = np.zeros((1, length, 1, length)), np.eye(length)[None, :, None]
     segments = np.array([[1] * 5 + [2] * (length - 6) + [0]])
     pictures = []
-    for name in IMPLEMENTATIONS:
+    for name in PLAIN_XLA:
         read = run(name, same, same, values, segments, PLAIN._replace(window=window), block=4)
         pictures.append(["".join("x" if value else "." for value in row) for row in read[0, :, 0]])
     assert pictures[0] == pictures[1]
@@ -133,7 +133,7 @@ def test_values_hold_for_any_segments_windows_caps_and_sinks(segments, sizes, sc
     sinks = np.random.default_rng(seed).normal(size=heads) * 3 if has_sinks else None
     segments = np.array(segments, np.int32)  # in any order: equality is all that counts
     expected = written_out(q, k, v, segments, scores, sinks)
-    for name in IMPLEMENTATIONS:
+    for name in PLAIN_XLA:
         read = run(name, q, k, v, segments, scores, sinks, block=8)
         np.testing.assert_allclose(read, expected, atol=5e-6)
 
@@ -243,7 +243,7 @@ def test_bfloat16_stays_bfloat16_and_close(name, switch):
     *qkv, segments = inputs(rows=1, length=130, heads=4, kv_heads=2)
     q, k, v = (jnp.asarray(x, jnp.bfloat16) for x in qkv)
     sinks = None if sinks is None else jnp.asarray(sinks, jnp.bfloat16)
-    read = compiled(name, scores, attention.BLOCK)[0](q, k, v, segments, sinks)
+    read = compiled(name, scores, plain.BLOCK)[0](q, k, v, segments, sinks)
     assert read.dtype == jnp.bfloat16
     q, k, v, sinks = (None if x is None else np.asarray(x, np.float64) for x in (q, k, v, sinks))
     np.testing.assert_allclose(np.asarray(read, np.float64), written_out(q, k, v, segments, scores, sinks), atol=0.02)
@@ -255,7 +255,7 @@ def test_queries_in_bfloat16_are_not_rounded_a_second_time(head_size):
     q, k, v = (jnp.asarray(x, jnp.bfloat16) for x in (2 * q, 2 * k, v))
     scores = Scores(head_size**-0.5)
     exact = written_out(*(np.asarray(x, np.float64) for x in (q, k, v)), segments, scores)
-    read = attention.attend(q, k, v, segments, implementation="blockwise", scores=scores)
+    read = attention.attend(q, k, v, Segments(segments, segments), implementation="blockwise", scores=scores)
     error = np.asarray(read, np.float64) - exact
     assert np.sqrt((error**2).mean() / (exact**2).mean()) < 2**-9  # 1.7e-3; it would be 3.6e-3
 
@@ -282,7 +282,7 @@ def test_a_query_that_sees_nothing_reads_numbers(sinks, expected):
 def test_keys_outside_of_the_window_are_not_computed():
     def flops(length, window):
         x = jax.ShapeDtypeStruct((1, length, 2, 32), jnp.float32)
-        attend, _ = compiled("blockwise", Scores(1.0, window=window), attention.BLOCK)
+        attend, _ = compiled("blockwise", Scores(1.0, window=window), plain.BLOCK)
         return attend.lower(x, x, x, jax.ShapeDtypeStruct((1, length), jnp.int32), None).cost_analysis()["flops"]
 
     whole, near = (64 + 1024) / 2, (64 + 15 * (63 + 64)) / 16  # keys for each of 16 blocks of 64 queries, on average
@@ -290,11 +290,16 @@ def test_keys_outside_of_the_window_are_not_computed():
     assert flops(1024, 64) / flops(512, 64) == pytest.approx(2, rel=0.05)
 
 
+def case(**changes):
+    plain = {"platform": "cpu", "length": 64, "heads": 4, "kv_heads": 2, "head_size": 8, "dtype": "float32"}
+    return attention.Case(**{**plain, "scores": PLAIN, **changes})
+
+
 def test_auto_is_the_best_one_of_a_platform():
     for platform in ("cpu", "gpu", "tpu"):
-        assert attention.choose("auto", platform=platform) == attention.available(platform)[0]
+        assert attention.choose("auto", case(platform=platform)) == attention.available(case(platform=platform))[0]
 
 
 def test_an_unknown_name_is_answered_with_the_nearest():
-    with pytest.raises(ValueError, match=r"attention: 'blockwize' is unknown on cpu.*'blockwise'"):
-        attention.choose("blockwize", platform="cpu")
+    with pytest.raises(ValueError, match=r"config.attention: 'blockwize' is unknown.*'blockwise'"):
+        attention.choose("blockwize", case())

@@ -20,7 +20,7 @@ def inputs(*, seed: int = 0, padded: int = 0):
 
 def chunked(x, head, targets, weights, *, chunk=8, z_loss=0.0, vocab=VOCAB, shards=1) -> CrossEntropy:
     return linear_cross_entropy(
-        x, head, targets, weights, vocab=vocab, z_loss=z_loss, chunk=chunk, shards=shards, pin=lambda x, *names: x
+        x, head, targets, weights, vocab=vocab, z_loss=z_loss, chunk=chunk, shards=(shards, 1), pin=lambda x, *names: x
     )
 
 

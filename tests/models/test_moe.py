@@ -308,7 +308,7 @@ def on(parallel: Parallel, config: ModelConfig, capacity: float | None):
     mesh = mesh_for(parallel)
     with jax.set_mesh(mesh):
         placed = jax.device_put(params, layout.shardings(names, mesh, params))
-        arrays = jax.device_put((X_BTD, FACTS, DY_BTD), layout.batch_sharding(mesh, B))
+        arrays = jax.device_put((X_BTD, FACTS, DY_BTD), layout.batch_sharding(mesh, B, 1))
         step = compiled(config, capacity, NamedSharding(mesh, PartitionSpec()))
         (_, (y_BTD, aux)), (grads, dx_BTD) = jax.device_get(step(placed, *arrays))
     return y_BTD, aux, grads, dx_BTD

@@ -8,8 +8,8 @@ from itjax.parallel.mesh import mesh_for, sizes
 
 
 def test_minus_one_takes_what_is_left():
-    assert sizes(Parallel(data=-1, fsdp=2, tensor=2), 8) == {"data": 2, "fsdp": 2, "expert": 1, "tensor": 2}
-    assert sizes(Parallel(data=1, fsdp=2, expert=-1), 8) == {"data": 1, "fsdp": 2, "expert": 4, "tensor": 1}
+    assert sizes(Parallel(data=-1, fsdp=2, tensor=2), 8) == {"data": 2, "fsdp": 2, "expert": 1, "context": 1, "tensor": 2}
+    assert sizes(Parallel(data=1, fsdp=2, expert=-1), 8) == {"data": 1, "fsdp": 2, "expert": 4, "context": 1, "tensor": 1}
 
 
 @pytest.mark.parametrize("parallel", [Parallel(data=-1, fsdp=3), Parallel(data=2, fsdp=2, tensor=1)])
@@ -31,4 +31,4 @@ def test_rows_that_the_devices_do_not_divide_are_computed_by_several():
 
 def test_rows_are_split_over_the_axis_of_experts_too():
     mesh = mesh_for(Parallel(data=2, expert=4))
-    assert layout.batch_sharding(mesh, 8).shard_shape((8,)) == (1,)
+    assert layout.batch_sharding(mesh, 8, 16).shard_shape((8, 16)) == (1, 16)
