@@ -21,7 +21,7 @@ __all__ = ["IMPLEMENTATIONS", "Case", "Scores", "Segments", "Stripes", "attend",
 
 
 class Implementation(NamedTuple):
-    attend: Callable[..., jax.Array]  # (q_BQNH, k_BTKH, v_BTKH, segments, scores, sinks_N, stripes) -> o_BQNH
+    attend: Callable[..., jax.Array]  # (q_BQNH, k_BTKH, v_BTKH, segments, scores, sinks_N, stripes, *, platform)
     refuses: Callable[[Case], str]  # why it cannot do a case, and the way out; "": it can
     platforms: tuple[str, ...]  # where it runs as it is meant to
 
@@ -44,6 +44,7 @@ def attend(
     scores: Scores,
     sinks_N: jax.Array | None = None,
     stripes: Stripes = Stripes(),  # noqa: B008 (a tuple of numbers)
+    platform: str = "cpu",
 ) -> jax.Array:
     """Causal attention within equal segments: what each head reads, (B, Q, N, H) in the type of the values.
 
@@ -53,9 +54,11 @@ def attend(
                                        . . . x .                             . . . x .
                                        . . . . x                             . . . . x
 
-    Keys and values are of whole rows; queries too, or of those of their positions that `stripes` says.
+    Keys and values are of whole rows; queries too, or of those of their positions that `stripes` says. `platform` is what
+    the program is made for, which jax itself only learns when it is lowered.
     """
-    return IMPLEMENTATIONS[implementation].attend(q_BQNH, k_BTKH, v_BTKH, segments, scores, sinks_N, stripes)
+    read = IMPLEMENTATIONS[implementation].attend
+    return read(q_BQNH, k_BTKH, v_BTKH, segments, scores, sinks_N, stripes, platform=platform)
 
 
 def available(case: Case) -> tuple[str, ...]:

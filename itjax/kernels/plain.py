@@ -45,8 +45,11 @@ def reference(
     scores: Scores,
     sinks_N: jax.Array | None = None,
     stripes: Stripes = Stripes(),  # noqa: B008 (a tuple of numbers)
+    *,
+    platform: str = "cpu",
 ) -> jax.Array:
     """The definition, plainly: all scores, softmax in float32. Others are tested against it."""
+    del platform  # the same everywhere
     B, Q, N, _ = q_BQNH.shape
     T, num_queries_per_key = k_BTKH.shape[1], N // k_BTKH.shape[2]
     q_BQNH, k_BTNH, v_BTNH = (
@@ -74,11 +77,14 @@ def blockwise(
     scores: Scores,
     sinks_N: jax.Array | None = None,
     stripes: Stripes = Stripes(),  # noqa: B008 (a tuple of numbers)
+    *,
+    platform: str = "cpu",
 ) -> jax.Array:
     """Blocks of queries against the keys that some query of the block may see: half the scores, fewer with a window.
 
     The matrices are as CPUs like them. Whatever part of the stripes is given, a block is given the same keys.
     """
+    del platform  # possible everywhere
     count, T = q_BQNH.shape[1], k_BTKH.shape[1]
     block = max(BLOCK, -(-count // (MOST_BLOCKS * BLOCK)) * BLOCK)
     q_BKGQH = _to_heads(q_BQNH, k_BTKH.shape[2])

@@ -8,6 +8,7 @@ B rows, T positions, Q of them on a device, N query heads, K key/value heads, H 
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -52,6 +53,7 @@ def attend(
         sinks=sinks_N is not None,
     )  # fmt: skip
     way = choose(wanted, case)
+    read = partial(attention.attend, implementation=way.name, scores=scores, platform=platform)
     group = q_BTNH.shape[2] // k_BTKH.shape[2]
 
     def on_device(
@@ -60,8 +62,8 @@ def attend(
         if splits[0] != splits[1]:
             first = jax.lax.axis_index(splits[0]) * q_BQNH.shape[2]
             k_BQKH, v_BQKH = (_of_heads(x, first, q_BQNH.shape[2], group) for x in (k_BQKH, v_BQKH))
-        read = _by_heads if way.by_heads else _by_keys
-        return read(way.name, q_BQNH, k_BQKH, v_BQKH, segments_BQ, sinks_N, scores, cut)
+        spread = _by_heads if way.by_heads else _by_keys
+        return spread(read, q_BQNH, k_BQKH, v_BQKH, segments_BQ, sinks_N, cut)
 
     names = (QUERIES, KEYS, KEYS, PartitionSpec("batch", "length"), None if sinks_N is None else PartitionSpec("heads"))
     return layout.per_device(
@@ -117,19 +119,17 @@ def _of_heads(x_BTKH: jax.Array, first: jax.Array, count: int, group: int) -> ja
     return jnp.take(x_BTKH, (first + jnp.arange(count)) // group, axis=2)
 
 
-def _by_keys(name, q_BQNH, k_BQKH, v_BQKH, segments_BQ, sinks_N, scores: Scores, cut: Cut) -> jax.Array:
+def _by_keys(read, q_BQNH, k_BQKH, v_BQKH, segments_BQ, sinks_N, cut: Cut) -> jax.Array:
     if cut.parts == 1:
         segments, places = Segments(segments_BQ, segments_BQ), Stripes()
     else:
         k_BQKH, v_BQKH = stripes.together(k_BQKH, cut), stripes.together(v_BQKH, cut)
         segments = Segments(segments_BQ, stripes.together(segments_BQ, cut))
         places = Stripes(jax.lax.axis_index(cut.axes), cut.parts, cut.size)
-    return attention.attend(
-        q_BQNH, k_BQKH, v_BQKH, segments, implementation=name, scores=scores, sinks_N=sinks_N, stripes=places
-    )  # fmt: skip
+    return read(q_BQNH, k_BQKH, v_BQKH, segments, sinks_N=sinks_N, stripes=places)
 
 
-def _by_heads(name, q_BQNH, k_BQKH, v_BQKH, segments_BQ, sinks_N, scores: Scores, cut: Cut) -> jax.Array:
+def _by_heads(read, q_BQNH, k_BQKH, v_BQKH, segments_BQ, sinks_N, cut: Cut) -> jax.Array:
     def there(x: jax.Array) -> jax.Array:
         """(B, T/C, N, H) -> (B, T, N/C, H), heads repeated where there are fewer than devices."""
         x = jnp.repeat(x, max(1, cut.parts // x.shape[2]), axis=2)
@@ -140,11 +140,8 @@ def _by_heads(name, q_BQNH, k_BQKH, v_BQKH, segments_BQ, sinks_N, scores: Scores
         sinks_N = jax.lax.dynamic_slice_in_dim(
             sinks_N, jax.lax.axis_index(cut.axes) * (len(sinks_N) // cut.parts), len(sinks_N) // cut.parts
         )
-    o_BTNH = attention.attend(
-        there(q_BQNH), there(k_BQKH), there(v_BQKH), Segments(segments_BT, segments_BT), implementation=name,
-        scores=scores, sinks_N=sinks_N,
-    )  # fmt: skip
+    segments = Segments(segments_BT, segments_BT)
+    o_BTNH = read(there(q_BQNH), there(k_BQKH), there(v_BQKH), segments, sinks_N=sinks_N)
     return jax.lax.all_to_all(
         stripes.in_stripes(o_BTNH, cut), cut.axes, split_axis=1, concat_axis=2, tiled=True
     )  # fmt: skip
-
