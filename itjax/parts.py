@@ -3,9 +3,10 @@
 import dataclasses
 import hashlib
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -155,39 +156,69 @@ class _bars:
 
 def set_up(run: Run, data: Data) -> Parts:
     """Mesh, model and loader of the run. Raises ValueError naming the setting that does not fit the others."""
-    mesh, num_ids = mesh_for(run.parallel), data.tokenizer.size
+    network, num_ids = network_of(run, data.tokenizer.size), data.tokenizer.size
+    run, config, model, mesh, folder = network
+    read = None if folder is None else weights(run, folder, config, mesh, num_ids=num_ids)
+    return Parts(run, config, model, mesh, loader_for(run, data, mesh), folder, read)
+
+
+class Network(NamedTuple):
+    """What the train step of a run is made of: all but numbers."""
+
+    run: Run  # with the adapters that a PEFT folder says
+    config: ModelConfig
+    model: Model
+    mesh: Mesh
+    folder: Folder | None
+
+
+def network_of(run: Run, num_ids: int | None, devices: Sequence[jax.Device] | None = None) -> Network:
+    """The run's model on a mesh of the devices that there are, or of others, which may be absent.
+
+    `num_ids` is how many ids the run's tokenizer has; None: as many as the published model.
+    """
     folder = model_folder(run)
+    if num_ids is None:
+        num_ids = folder.config.vocab if folder else families.PRESETS[run.model].vocab
     config = model_config(run, num_ids, folder)
     run = with_adapter(run, config)
-    read = None if folder is None else weights(run, folder, config, mesh, num_ids=num_ids)
-    return Parts(run, config, model_of(run, config), mesh, loader_for(run, data, mesh), folder, read)
+    mesh = mesh_for(run.parallel, devices)
+    return Network(run, config, model_of(run, config, platform=mesh.devices.flat[0].platform), mesh, folder)
 
 
-def model_of(run: Run, config: ModelConfig, *, attention: str | None = None, remat: str | None = None) -> Model:
-    """The run's model; verification asks for another attention or rematerialisation."""
+def model_of(
+    run: Run,
+    config: ModelConfig,
+    *,
+    attention: str | None = None,
+    remat: str | None = None,
+    platform: str | None = None,
+) -> Model:
+    """The run's model; verification asks for another attention or rematerialisation, a plan for another platform."""
     return build(
         config,
-        dtype=dtype(run),
+        dtype=dtype(run, platform),
         attention=attention or run.attention,
         remat=remat or run.remat,
         lora=run.lora,
-        base=base(run),
+        base=base(run, platform),
         capacity_factor=run.parallel.capacity_factor,
+        platform=platform,
     )
 
 
-def dtype(run: Run) -> str:
-    """The dtype of activations: bfloat16 where it is fast, float32 on CPU."""
+def dtype(run: Run, platform: str | None = None) -> str:
+    """The dtype of activations: bfloat16 where it is fast, float32 on CPU. `platform` None: that of the devices there are."""
     if run.dtype != "auto":
         return run.dtype
-    return "float32" if jax.devices()[0].platform == "cpu" else "bfloat16"
+    return "float32" if (platform or jax.devices()[0].platform) == "cpu" else "bfloat16"
 
 
-def base(run: Run) -> str:
+def base(run: Run, platform: str | None = None) -> str:
     """How parameters are kept that are not trained."""
     if not run.lora.rank:
         return "float32"
-    return dtype(run) if run.lora.base == "auto" else run.lora.base
+    return dtype(run, platform) if run.lora.base == "auto" else run.lora.base
 
 
 def model_folder(run: Run) -> Folder | None:

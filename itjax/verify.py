@@ -27,8 +27,7 @@ from itjax.base.records import PackedBatch
 from itjax.base.schema import REMAT, Lora, Parallel, Run
 from itjax.data.loader import Loader
 from itjax.data.prepare import Data
-from itjax.kernels import attention
-from itjax.models import lora
+from itjax.models import attending, lora
 from itjax.models.config import ModelConfig
 from itjax.models.model import Model, build
 from itjax.objectives.sft import sft
@@ -109,17 +108,21 @@ def verify(run: Run, data: Data) -> Iterator[Check]:
     for accumulate in MICRO_BATCHES[1:]:
         yield same(f"{accumulate} micro-batches", outcome(batch, accumulate=accumulate))
     axes = [axis for axis in AXES if axis != "expert" or config.experts]
-    for parallel in meshes(jax.device_count(), axes):
+    for parallel in meshes(jax.device_count(), axes, length=run.length):
         words = " x ".join(f"{axis} {getattr(parallel, axis)}" for axis in axes)
         yield same(f"mesh {words}", outcome(batch, mesh=mesh_for(parallel)))
     yield same("rows in another order", outcome(jax.tree.map(lambda x: x[::-1].copy(), batch)))
-    yield same("a quarter more padding", outcome(padded(batch, run.length // 4)))
+    step = mesh.shape["context"] ** 2  # rows are cut into a multiple of so many stripes
+    yield same("a quarter more padding", outcome(padded(batch, -(-run.length // (4 * step)) * step)))
     for chunk in sorted({max(1, run.loss.chunk // 4), run.loss.chunk // 3 + 1} - {run.loss.chunk}):
         yield same(f"head in chunks of {chunk} tokens", outcome(batch, chunk=chunk))
     for remat in REMAT:
         if remat != run.remat:
             yield same(f"remat {remat}", outcome(batch, remat=remat))
-    for name in attention.available(jax.devices()[0].platform):
+    platform = mesh.devices.flat[0].platform
+    with jax.set_mesh(mesh):
+        names = attending.possible(config, platform=platform, length=run.length, dtype=dtype)
+    for name in names:
         yield same(f"attention {name}", outcome(batch, attention=name))
         model = parts.model_of(run, config, attention=name)
         yield check(f"attention {name}: none across segments", leak(run, model, config, batch, mesh), 0.0)
@@ -295,11 +298,12 @@ def padded(batch: PackedBatch, extra: int) -> PackedBatch:
     return jax.tree.map(lambda x: np.pad(x, ((0, 0), (0, extra))), batch)
 
 
-def meshes(num_devices: int, axes: Sequence[str]) -> list[Parallel]:
-    """Every way to write the number of devices as a product of these axes."""
+def meshes(num_devices: int, axes: Sequence[str], *, length: int) -> list[Parallel]:
+    """Every way to write the number of devices as a product of these axes, of which rows of this length can be cut."""
     divisors = [size for size in range(1, num_devices + 1) if num_devices % size == 0]
     shapes = [shape for shape in itertools.product(divisors, repeat=len(axes)) if math.prod(shape) == num_devices]
-    return [dataclasses.replace(Parallel(data=1), **dict(zip(axes, shape, strict=True))) for shape in shapes]
+    found = [dataclasses.replace(Parallel(data=1), **dict(zip(axes, shape, strict=True))) for shape in shapes]
+    return [parallel for parallel in found if length % parallel.context**2 == 0]
 
 
 # --- what the data itself must satisfy --------------------------------------------------------------------------------

@@ -9,12 +9,13 @@ import pytest
 
 from itjax import verify
 from itjax.base.records import PackedBatch
+from itjax.parallel.mesh import AXES
 from tests.contract import runs
 
-SLOW_ON_EIGHT = pytest.param(8, "data 2 x fsdp 2 x tensor 2", marks=pytest.mark.slow)
+SLOW_ON_EIGHT = pytest.param(8, "data 1 x fsdp 2 x context 2 x tensor 2", marks=pytest.mark.slow)
 
 
-@pytest.mark.parametrize("devices, mesh", [(2, "data 1 x fsdp 2 x tensor 1"), SLOW_ON_EIGHT])
+@pytest.mark.parametrize("devices, mesh", [(2, "data 1 x fsdp 2 x context 1 x tensor 1"), SLOW_ON_EIGHT])
 def test_every_check_holds(tmp_path, devices, mesh):
     out = tmp_path / "checks.json"
     process = runs.start(
@@ -64,10 +65,14 @@ def test_every_check_holds_for_adapters_over_a_small_base(tmp_path):
 
 
 def test_a_mesh_is_any_product_of_the_devices():
-    dense = verify.meshes(8, ("data", "fsdp", "tensor"))
+    dense = verify.meshes(8, ("data", "fsdp", "tensor"), length=64)
     assert len(dense) == 10
     assert all(shape.data * shape.fsdp * shape.tensor == 8 and shape.expert == 1 for shape in dense)
-    assert len(verify.meshes(8, ("data", "fsdp", "expert", "tensor"))) == 20
+    assert len(verify.meshes(8, AXES, length=64)) == 35
+
+
+def test_rows_are_cut_only_where_they_divide_into_stripes():
+    assert {shape.context for shape in verify.meshes(8, ("data", "context"), length=80)} == {1, 2, 4}
 
 
 def test_distance_is_relative_to_the_gradient():

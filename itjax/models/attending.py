@@ -17,6 +17,7 @@ from jax.sharding import PartitionSpec
 
 from itjax.kernels import attention
 from itjax.kernels.attention import Case, Scores, Segments, Stripes
+from itjax.models.config import Layer, ModelConfig
 from itjax.parallel import layout, stripes
 from itjax.parallel.stripes import Cut
 
@@ -47,7 +48,7 @@ def attend(
     Raises ValueError where the implementation that is wanted cannot do it.
     """
     cut = stripes.cut(q_BTNH.shape[1])
-    splits = layout.split(QUERIES, q_BTNH.shape)[2], layout.split(KEYS, k_BTKH.shape)[2]
+    by_heads, by_kv_heads = (layout.split(tuple(names), x.shape)[2] for names, x in ((QUERIES, q_BTNH), (KEYS, k_BTKH)))
     case = on_device_case(
         platform, q_BTNH.shape[1], (q_BTNH.shape[2], k_BTKH.shape[2]), q_BTNH.shape[3], q_BTNH.dtype.name, scores,
         sinks=sinks_N is not None,
@@ -59,8 +60,8 @@ def attend(
     def on_device(
         q_BQNH: jax.Array, k_BQKH: jax.Array, v_BQKH: jax.Array, segments_BQ: jax.Array, sinks_N: jax.Array | None
     ) -> jax.Array:
-        if splits[0] != splits[1]:
-            first = jax.lax.axis_index(splits[0]) * q_BQNH.shape[2]
+        if by_heads != by_kv_heads:
+            first = jax.lax.axis_index(by_heads) * q_BQNH.shape[2]
             k_BQKH, v_BQKH = (_of_heads(x, first, q_BQNH.shape[2], group) for x in (k_BQKH, v_BQKH))
         spread = _by_heads if way.by_heads else _by_keys
         return spread(read, q_BQNH, k_BQKH, v_BQKH, segments_BQ, sinks_N, cut)
@@ -69,6 +70,27 @@ def attend(
     return layout.per_device(
         on_device, q_BTNH, k_BTKH, v_BTKH, segments_BT, sinks_N, names=names, everywhere=False
     )  # fmt: skip
+
+
+def scores_of(config: ModelConfig, kind: Layer) -> Scores:
+    """How queries of a layer of this kind score keys."""
+    scale = config.head_size**-0.5 if config.query_scale is None else config.query_scale
+    return Scores(scale, config.attention_softcap, kind.window)
+
+
+def possible(config: ModelConfig, *, platform: str, length: int, dtype: str) -> list[str]:
+    """Names of the implementations that can do every layer of a model on the mesh in scope, best first."""
+    heads = (config.heads, config.kv_heads)
+    names = [
+        [
+            way.name
+            for way in ways(
+                on_device_case(platform, length, heads, config.head_size, dtype, scores, sinks=config.sinks)
+            )
+        ]
+        for scores in {scores_of(config, kind) for kind in config.pattern}
+    ]
+    return [name for name in names[0] if all(name in others for others in names)]
 
 
 def on_device_case(

@@ -12,7 +12,6 @@ import jax.numpy as jnp
 from flax import nnx
 
 from itjax.kernels import attention
-from itjax.kernels.attention import Scores
 from itjax.models import attending
 from itjax.models.activations import gated
 from itjax.models.config import Layer, ModelConfig
@@ -176,11 +175,18 @@ class Decoder(nnx.Module):
         facts = Facts(segments_BT, weights_BT)
 
         def sight(kind: Layer) -> Sight:
-            scores = self._scores(kind)
+            scores = attending.scores_of(self.config, kind)
 
             def attend(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, sinks_N: jax.Array | None) -> jax.Array:
                 return attending.attend(
-                    q_BTNH, k_BTKH, v_BTKH, segments_BT, sinks_N, wanted=self.attention, platform=self.platform, scores=scores
+                    q_BTNH,
+                    k_BTKH,
+                    v_BTKH,
+                    segments_BT,
+                    sinks_N,
+                    wanted=self.attention,
+                    platform=self.platform,
+                    scores=scores,
                 )
 
             return Sight(turns[kind.rope], attend)
@@ -209,7 +215,12 @@ class Decoder(nnx.Module):
                 k_LBKSH, k_BKSH = _write(k_LBKSH, k_BTKH, number, cache.filled)
                 v_LBKSH, v_BKSH = _write(v_LBKSH, v_BTKH, number, cache.filled)
                 return attention.read(
-                    q_BTNH, k_BKSH, v_BKSH, sees_BTS & near_BTS, scores=self._scores(kind), sinks_N=sinks_N
+                    q_BTNH,
+                    k_BKSH,
+                    v_BKSH,
+                    sees_BTS & near_BTS,
+                    scores=attending.scores_of(self.config, kind),
+                    sinks_N=sinks_N,
                 )
 
             x_BTD, _ = block(x_BTD, Sight(turns[kind.rope], attend), Draws(), None)
@@ -274,11 +285,6 @@ class Decoder(nnx.Module):
         table_VD = pin(self.embed.kernel[...].astype(self.dtype), "vocab", None)  # whole over D, as rows are read
         return pin(jnp.take(table_VD, tokens_BT, axis=0) * self.config.embed_scale, *RESIDUAL)
 
-    def _scores(self, kind: Layer) -> Scores:
-        config = self.config
-        scale = config.head_size**-0.5 if config.query_scale is None else config.query_scale
-        return Scores(scale, config.attention_softcap, kind.window)
-
     def _turns(self, positions_BT: jax.Array, *, length: int) -> dict[str, Turns | None]:
         ropes = {"global": self.config.rope, "local": self.config.local_rope}
         used = {kind.rope for kind in self.config.pattern} - {"none"}
@@ -304,7 +310,7 @@ def empty_cache(config: ModelConfig, *, dtype: str, rows: int, length: int) -> C
     """A cache of `length` slots with nothing in it."""
     shape = (config.layers, rows, config.kv_heads, length, config.head_size)
     k_LBKSH, v_LBKSH = (
-        pin(jnp.zeros(shape, dtype), "layers", "batch", "kv_heads", "length", "head_size") for _ in range(2)
+        pin(jnp.zeros(shape, dtype), "layers", "batch", "kv_heads", "slots", "head_size") for _ in range(2)
     )
     return Cache(k_LBKSH, v_LBKSH, jnp.zeros((), jnp.int32), jnp.zeros((rows,), jnp.int32))
 

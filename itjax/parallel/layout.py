@@ -20,6 +20,7 @@ RULES: Rules = {
     "batch": ("data", "fsdp", "expert"),
     "length": ("context",),
     "shards": ("data", "fsdp", "expert", "context"),  # of the positions of a batch
+    "slots": (),  # of a cache
     "layers": (),
     "embed": ("fsdp", "expert", "context"),
     "heads": ("tensor",),
@@ -183,8 +184,9 @@ def place(local: PackedBatch, mesh: Mesh, *, rows: int) -> PackedBatch:
     held = np.array(local_rows(mesh, rows))
 
     def globally(x_BT: np.ndarray) -> jax.Array:
-        def box(index: tuple[slice, ...]) -> np.ndarray:
+        def box(index: tuple[slice, ...] | None) -> np.ndarray:
             """Rows by their numbers in the global batch; of each, the positions of one device."""
+            assert index is not None
             return x_BT[np.searchsorted(held, np.arange(rows)[index[0]]), index[1]]
 
         return jax.make_array_from_callback((rows, x_BT.shape[1]), sharding, box)

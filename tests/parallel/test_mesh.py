@@ -8,8 +8,20 @@ from itjax.parallel.mesh import mesh_for, sizes
 
 
 def test_minus_one_takes_what_is_left():
-    assert sizes(Parallel(data=-1, fsdp=2, tensor=2), 8) == {"data": 2, "fsdp": 2, "expert": 1, "context": 1, "tensor": 2}
-    assert sizes(Parallel(data=1, fsdp=2, expert=-1), 8) == {"data": 1, "fsdp": 2, "expert": 4, "context": 1, "tensor": 1}
+    assert sizes(Parallel(data=-1, fsdp=2, tensor=2), 8) == {
+        "data": 2,
+        "fsdp": 2,
+        "expert": 1,
+        "context": 1,
+        "tensor": 2,
+    }
+    assert sizes(Parallel(data=1, fsdp=2, expert=-1), 8) == {
+        "data": 1,
+        "fsdp": 2,
+        "expert": 4,
+        "context": 1,
+        "tensor": 1,
+    }
 
 
 @pytest.mark.parametrize("parallel", [Parallel(data=-1, fsdp=3), Parallel(data=2, fsdp=2, tensor=1)])
