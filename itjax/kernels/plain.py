@@ -60,7 +60,7 @@ def reference(
             jnp.repeat(v_BTKH, num_queries_per_key, axis=2),
         )
     )
-    scores_BNQT = _capped(jnp.einsum("BQNH,BTNH->BNQT", q_BQNH, k_BTNH) * scores.scale, scores.softcap)
+    scores_BNQT = capped(jnp.einsum("BQNH,BTNH->BNQT", q_BQNH, k_BTNH) * scores.scale, scores.softcap)
     scores_BNQT = jnp.where(sees_BQT(segments, stripes.places_Q(Q), window=scores.window)[:, None], scores_BNQT, HIDDEN)
     if sinks_N is not None:
         sinks_BNQ1 = jnp.broadcast_to(sinks_N.astype(jnp.float32)[None, :, None, None], (B, N, Q, 1))
@@ -110,11 +110,11 @@ def _reach(start: int, stop: int, stripes: Stripes, window: int) -> tuple[int, i
     return (max(0, lowest - window + 1) if window else 0), highest + 1
 
 
-def _capped(scores: jax.Array, cap: float) -> jax.Array:
+def capped(scores: jax.Array, cap: float) -> jax.Array:
     return cap * jnp.tanh(scores / cap) if cap else scores
 
 
-def _scales_queries(dtype: jnp.dtype, scale: float) -> bool:
+def scales_queries(dtype: jnp.dtype, scale: float) -> bool:
     """Whether queries are scaled, which takes CPUs a third less time than scaling scores, or is rounding them too dear.
 
     In bfloat16 it doubles the error of what heads of 128 read, unless the scale is a power of 2.
@@ -144,10 +144,10 @@ def _read(
     """Grouped heads share one product with their keys; the division comes after the values, where rows are short."""
     B, K, G, T, H = q_BKGTH.shape
     S = k_BKSH.shape[2]
-    early, late = (scores.scale, 1.0) if _scales_queries(q_BKGTH.dtype, scores.scale) else (1.0, scores.scale)
+    early, late = (scores.scale, 1.0) if scales_queries(q_BKGTH.dtype, scores.scale) else (1.0, scores.scale)
     q_BKQH = q_BKGTH.reshape(B, K, G * T, H) * early
     scores_BKQS = jnp.einsum("BKQH,BKSH->BKQS", q_BKQH, k_BKSH, preferred_element_type=jnp.float32)
-    scores_BKGTS = _capped(scores_BKQS.reshape(B, K, G, T, S) * late, scores.softcap)
+    scores_BKGTS = capped(scores_BKQS.reshape(B, K, G, T, S) * late, scores.softcap)
     # Added and not selected: the backward pass needs no second selection, hidden scores have probability 0 there anyway.
     scores_BKGTS += jnp.where(sees_BTS, 0.0, HIDDEN)[:, None, None]
     highest_BKGT1 = jax.lax.stop_gradient(scores_BKGTS.max(axis=-1, keepdims=True))
