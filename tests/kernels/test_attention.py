@@ -64,7 +64,9 @@ def compiled(name, scores, block):
     @jax.jit
     def attend(q, k, v, segments, sinks):
         with mock.patch.object(plain, "BLOCK", block):
-            return attention.attend(q, k, v, Segments(segments, segments), implementation=name, scores=scores, sinks_N=sinks)
+            return attention.attend(
+                q, k, v, Segments(segments, segments), implementation=name, scores=scores, sinks_N=sinks
+            )
 
     def total(moved, segments, mix):
         *qkv, sinks = moved
