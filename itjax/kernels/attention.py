@@ -13,7 +13,7 @@ from typing import NamedTuple
 import jax
 
 from itjax.base.freeze import nearest
-from itjax.kernels import plain, streamed
+from itjax.kernels import cudnn, plain, streamed
 from itjax.kernels.case import Case, Scores, Segments, Stripes
 from itjax.kernels.plain import read
 
@@ -29,6 +29,7 @@ class Implementation(NamedTuple):
 EVERYWHERE = ("cpu", "gpu", "tpu")
 
 IMPLEMENTATIONS = {  # best first
+    "cudnn": Implementation(cudnn.attend, cudnn.refuses, ("gpu",)),
     "blockwise": Implementation(plain.blockwise, plain.refuses, EVERYWHERE),
     "streamed": Implementation(streamed.attend, streamed.refuses, EVERYWHERE),
     "reference": Implementation(plain.reference, plain.refuses, EVERYWHERE),
