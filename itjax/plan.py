@@ -46,7 +46,7 @@ def command(argv: Sequence[str]) -> int:
         print(HELP)
         return 0
     values = _flags()
-    run = freeze.load(argv, values)
+    run = freeze.load(argv, values, needs_data=False)
     if not values.devices:
         raise freeze.Fault("--devices: missing; say for what, e.g. --devices=v5p:4x4x4, h100:8 or cpu:8")
     from rich.console import Console  # here and below, so that --help and mistakes in the config answer at once

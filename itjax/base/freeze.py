@@ -59,10 +59,10 @@ def _required(hint: Any) -> type:
 # --- ConfigDict -> schema ---------------------------------------------------------------------------------------------
 
 
-def freeze(config: Mapping[str, Any]) -> schema.Run:
+def freeze(config: Mapping[str, Any], *, needs_data: bool = True) -> schema.Run:
     """A checked `Run`. Raises Fault naming the path of a misspelt, ill-typed or out-of-range field, or a contradiction."""
     run = _build(schema.Run, config, path="config")
-    contradictions(run)
+    contradictions(run, needs_data=needs_data)
     return run
 
 
@@ -124,7 +124,7 @@ def _bounds(value: Any, bounds: Mapping[str, Any], *, path: str) -> None:
             raise Fault(f"{path}: {value} is out of range; it must be {words} {bounds[name]}")
 
 
-def contradictions(run: schema.Run) -> None:
+def contradictions(run: schema.Run, *, needs_data: bool = True) -> None:
     """Settings that are fine alone and wrong together."""
     if not run.steps and not run.epochs:
         raise Fault("config.steps: neither steps nor epochs is set; set one, e.g. --config.steps=1000")
@@ -138,7 +138,7 @@ def contradictions(run: schema.Run) -> None:
             f"config.accumulate: {run.rows} rows do not divide into {run.accumulate} micro-batches; "
             f"try --config.rows={run.accumulate * math.ceil(run.rows / run.accumulate)}"
         )
-    if not run.files and not run.sources:
+    if needs_data and not run.files and not run.sources:
         raise Fault("config.files: no data; name files, e.g. --config.files='data/*.jsonl', or set config.sources")
     _contradictions_of_sources(run.sources, path="config.sources")
     _contradictions_of_mixture(run.mixture, run.sources, place="config", others=bool(run.files))
@@ -303,10 +303,11 @@ def _policies(sources: Mapping[str, schema.Source], path: str) -> list[str]:
 # --- the command line -------------------------------------------------------------------------------------------------
 
 
-def load(argv: Sequence[str], flag_values: flags.FlagValues) -> schema.Run:
+def load(argv: Sequence[str], flag_values: flags.FlagValues, *, needs_data: bool = True) -> schema.Run:
     """Reads `--config=FILE.py` with its `--config.path=value` overrides, and the command's own flags, from `argv`.
 
-    `flag_values` holds the command's own flags; they are parsed too. Raises Fault for anything a user got wrong.
+    `flag_values` holds the command's own flags; they are parsed too. Raises Fault for anything a user got wrong; that no
+    data is named, only where the command needs some.
     """
     config_flags.DEFINE_config_file(
         "config", None, "the experiment: a Python file with get_config()", flag_values=flag_values, sys_argv=list(argv)
@@ -323,7 +324,7 @@ def load(argv: Sequence[str], flag_values: flags.FlagValues) -> schema.Run:
         raise Fault(str(error)) from error
     if rest[1:]:
         raise Fault(f"{rest[1]!r}: not a flag; settings are written --config.name=value")
-    return freeze(flag_values.config.to_dict())
+    return freeze(flag_values.config.to_dict(), needs_data=needs_data)
 
 
 def config_file(argv: Sequence[str]) -> str:
