@@ -13,7 +13,7 @@ from typing import NamedTuple
 import jax
 
 from itjax.base.freeze import nearest
-from itjax.kernels import cudnn, plain, streamed
+from itjax.kernels import cudnn, plain, splash, streamed
 from itjax.kernels.case import Case, Scores, Segments, Stripes
 from itjax.kernels.plain import read
 
@@ -24,12 +24,14 @@ class Implementation(NamedTuple):
     attend: Callable[..., jax.Array]  # (q_BQNH, k_BTKH, v_BTKH, segments, scores, sinks_N, stripes, *, platform)
     refuses: Callable[[Case], str]  # why it cannot do a case, and the way out; "": it can
     platforms: tuple[str, ...]  # where it runs as it is meant to
+    tracked: bool = True  # whether its results say over which axes of a mesh they vary, see `layout.per_device`
 
 
 EVERYWHERE = ("cpu", "gpu", "tpu")
 
 IMPLEMENTATIONS = {  # best first
     "cudnn": Implementation(cudnn.attend, cudnn.refuses, ("gpu",)),
+    "splash": Implementation(splash.attend, splash.refuses, ("tpu",), tracked=False),
     "blockwise": Implementation(plain.blockwise, plain.refuses, EVERYWHERE),
     "streamed": Implementation(streamed.attend, streamed.refuses, EVERYWHERE),
     "reference": Implementation(plain.reference, plain.refuses, EVERYWHERE),

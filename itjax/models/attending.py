@@ -68,7 +68,8 @@ def attend(
 
     names = (QUERIES, KEYS, KEYS, PartitionSpec("batch", "length"), None if sinks_N is None else PartitionSpec("heads"))
     return layout.per_device(
-        on_device, q_BTNH, k_BTKH, v_BTKH, segments_BT, sinks_N, names=names, everywhere=False
+        on_device, q_BTNH, k_BTKH, v_BTKH, segments_BT, sinks_N, names=names, everywhere=False,
+        tracked=attention.IMPLEMENTATIONS[way.name].tracked,
     )  # fmt: skip
 
 

@@ -90,13 +90,20 @@ def split(names: Sequence[str | None], shape: Sequence[int]) -> list[tuple[str, 
 
 
 def per_device(
-    function: Callable[..., jax.Array], *arrays: Any, names: Sequence[Any], everywhere: bool = True
+    function: Callable[..., jax.Array],
+    *arrays: Any,
+    names: Sequence[Any],
+    everywhere: bool = True,
+    tracked: bool = True,
 ) -> jax.Array:
     """`function` of the part of each array that a device holds; the result is laid out like the first array.
 
     `names` has a tree for every tree of arrays, with PartitionSpecs of logical names. What the function is given varies over
     all axes of the mesh, so it adds up over the axes that do not split its result; or not `everywhere` but over those axes
     that split something, which then are the axes that split the first array. Without a mesh: a plain call.
+
+    A function that jax cannot follow, such as kernels that do not say over which axes their results vary, is not `tracked`:
+    gradients are as right, but cross axes that split nothing once in vain.
     """
     sizes = scope()
     if math.prod(sizes.values()) == 1:
@@ -116,7 +123,7 @@ def per_device(
     def local(*parts: Any) -> jax.Array:
         return function(*jax.tree.map(varied, parts))
 
-    return jax.shard_map(local, in_specs=specs, out_specs=specs[0])(*arrays)
+    return jax.shard_map(local, in_specs=specs, out_specs=specs[0], check_vma=tracked)(*arrays)
 
 
 def _axes(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
