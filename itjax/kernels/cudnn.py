@@ -54,7 +54,6 @@ def absent(capability: str = "9.0", *, version: int = 91002) -> Iterator[None]:
 
     jax asks the attached device what it can, while it traces; here this answers. Nothing that is compiled can run here.
     """
-
     answers = {
         "check_cudnn_version": lambda: version,
         "check_compute_capability": lambda wanted: _numbers(capability) >= _numbers(wanted),
@@ -164,9 +163,9 @@ def numbered(segments_BT: jax.Array) -> jax.Array:
 
 def table(numbers_BT: jax.Array, real_BT: jax.Array, first: jax.Array | int) -> tuple[jax.Array, jax.Array]:
     """Lengths (B, M) and offsets (B, M + 1) of the segments from number `first` on, as jax takes them."""
-    wanted_M = first + jnp.arange(slots(numbers_BT.shape[1]))
-    offsets_BM = (numbers_BT[:, :, None] < wanted_M).sum(axis=1, dtype=jnp.int32)
-    lengths_BM = ((numbers_BT[:, :, None] == wanted_M) & real_BT[:, :, None]).sum(axis=1, dtype=jnp.int32)
+    wanted_11M = first + jnp.arange(slots(numbers_BT.shape[1]))[None, None, :]
+    offsets_BM = (numbers_BT[:, :, None] < wanted_11M).sum(axis=1, dtype=jnp.int32)
+    lengths_BM = ((numbers_BT[:, :, None] == wanted_11M) & real_BT[:, :, None]).sum(axis=1, dtype=jnp.int32)
     taken_BM = lengths_BM > 0
     offsets_BM = jnp.where(taken_BM, offsets_BM, -1)
     return jnp.where(taken_BM, lengths_BM, -1), jnp.pad(offsets_BM, ((0, 0), (0, 1)), constant_values=-1)
