@@ -16,7 +16,7 @@ COMMANDS = {
     "report": ("itjax.report", "report.html of one run, or a comparison of several"),
 }
 
-FAULT_OF_OURS, FAULT_OF_USER, ABORTED, STOPPED = 1, 2, 5, 143
+FAULT_OF_OURS, FAULT_OF_USER, ABORTED, PEER_LOST, STOPPED = 1, 2, 5, 6, 143
 
 
 def main() -> NoReturn:
@@ -52,9 +52,9 @@ def explain(error: Exception) -> int:
     kind = type(error).__name__
     if kind == "Stopped":
         return STOPPED
-    if kind == "Aborted":
+    if kind in ("Aborted", "Lost"):
         print(f"itjax: {error}", file=sys.stderr)
-        return ABORTED
+        return ABORTED if kind == "Aborted" else PEER_LOST
     if is_message(error):
         print(f"itjax: {error}", file=sys.stderr)
         return FAULT_OF_USER

@@ -32,26 +32,29 @@ def command(argv: Sequence[str]) -> int:
         return 0
     run = freeze.load(argv, flags.FlagValues())
     overrides = [shlex.quote(argument) for argument in argv if argument.startswith("--config.")]
-    train(run, config=" ".join([freeze.config_file(argv), *overrides]))
+    from itjax.parallel import cluster  # imports jax: after --help and mistakes in the config, which answer at once
+
+    with cluster.joined(cli.explain):
+        train(run, config=" ".join([freeze.config_file(argv), *overrides]))
     return 0
 
 
 def train(run: Run, *, config: str) -> None:
-    """The whole run: cluster, data, model, training, evaluation, report.
+    """The whole run, inside `cluster.joined`: data, model, training, evaluation, report.
 
     `config` is the file with its overrides, as the commands to try next name them.
     """
     import jax  # here and below, so that --help and mistakes in the config answer at once
     from rich.console import Console
 
-    from itjax import parts
+    from itjax import alike, parts
     from itjax.base.files import write_whole
     from itjax.data import manifest
     from itjax.evaluation import report
     from itjax.parallel import cluster
     from itjax.train import loop
 
-    cluster.start()
+    cluster.agree(alike.settings(run), seconds=alike.SETTINGS_WAIT)
     console = Console(quiet=not cluster.writes())
     parts.check_model(run)
     loop.check_run_dir(run)
@@ -60,6 +63,8 @@ def train(run: Run, *, config: str) -> None:
         console.print(f"data   {note}", highlight=False, markup=False, soft_wrap=True)
     built = parts.set_up(run, data)
     console.print(built.summary(), highlight=False, markup=False, soft_wrap=True)
+    base = built.folder.fingerprint() if built.folder else ""
+    cluster.agree(alike.beginning(run, built.loader, base=base), seconds=cluster.LONGEST_WAIT)
     account = manifest.manifest(data, built.loader)
     if cluster.writes():
         manifest.write(run.run_dir, account)
@@ -72,7 +77,7 @@ def train(run: Run, *, config: str) -> None:
             mesh=built.mesh,
             loader=built.loader,
             weights=built.weights,
-            base=built.folder.fingerprint() if built.folder else "",
+            base=base,
             evaluators=evaluators(run, data, built),
             flops=built.flops,
             data_manifest=account,

@@ -21,7 +21,7 @@ from absl import flags
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from rich.console import Console
 
-from itjax import cli, parts
+from itjax import alike, cli, parts
 from itjax.base import freeze, tree
 from itjax.base.records import PackedBatch
 from itjax.base.schema import REMAT, Lora, Parallel, Run
@@ -353,14 +353,20 @@ def command(argv: Sequence[str]) -> int:
     values = flags.FlagValues()
     flags.DEFINE_string("json", None, "write the checks there", flag_values=values)
     run = freeze.load(argv, values)
-    cluster.start()
+    with cluster.joined(cli.explain):
+        return proven(run, values.json)
+
+
+def proven(run: Run, json_file: str | None) -> int:
+    """The whole command, inside `cluster.joined`: prints the checks, writes them where asked to, returns the exit code."""
+    cluster.agree(alike.settings(run), seconds=alike.SETTINGS_WAIT)
     console = Console(quiet=not cluster.writes())
     parts.check_model(run)
     data = parts.prepare_data(run, console=console)
     checks = shown(verify(run, data), console)
-    if values.json and cluster.writes():
+    if json_file and cluster.writes():
         result = {"ok": all(item.ok for item in checks), "checks": [asdict(item) for item in checks]}
-        Path(values.json).write_text(json.dumps(result, indent=2) + "\n")
+        Path(json_file).write_text(json.dumps(result, indent=2) + "\n")
     return 0 if all(item.ok for item in checks) else CONTRACT_BROKEN
 
 

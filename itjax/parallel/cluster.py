@@ -1,33 +1,415 @@
-"""Many processes, one run: joining the cluster, waiting for each other, and letting only one process write."""
+"""Many processes, one run: finding each other, agreeing before the first step, waiting, and letting only one write."""
 
+import contextlib
+import errno
+import itertools
+import json
 import os
+import re
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, NoReturn
 
 import jax
-from jax._src import distributed  # the only way to wait with a time limit of one's own, see `barrier`
+from jax._src import cloud_tpu_init, clusters, distributed  # only there are waits with a time limit of one's own
+from jax._src.clusters.ompi_cluster import OmpiCluster
+from jax._src.clusters.slurm_cluster import SlurmCluster
 
 LONGEST_WAIT = 24 * 3600  # seconds that processes wait for the one that prepares the data
+LAST_WORDS = 5  # seconds that the first process, whose end ends all, gives the others to end by themselves
+PERIOD = 1  # seconds from one look at what other processes say to the next
+LEFT = "itjax: left"  # the key under which a process says with which code it ends
+PEER_LOST = 6  # as in the table of exit codes of `cli.py`
+PORT = "8476"  # of the coordinator where the environment names none
+
+# Seconds of patience, by the environment variable that changes them.
+PATIENCE = {
+    "ITJAX_JOIN_SECONDS": 120,  # until all processes have found each other
+    "ITJAX_HEARTBEAT_SECONDS": 15,  # without a sign of life, then a process counts as lost
+    "ITJAX_LEAVE_SECONDS": 300,  # at the end, while the first process still writes the report
+    "ITJAX_STUCK_SECONDS": 600,  # in one collective between CPUs
+}
+
+
+class Lost(RuntimeError):
+    """Another process of the run was lost or is stuck: the command ends with exit code 6, and can be started again."""
+
+
+class Disagreement(ValueError):
+    """Processes of one run were started with other settings, versions or data."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Which process this is, of how many, and where the first one is found."""
+
+    coordinator: str  # host:port
+    count: int
+    number: int
+    devices: int | None = None  # the only local device that is this process's own; None: all of the machine
+    told_by: str = ""
+
+
+# --- finding each other -----------------------------------------------------------------------------------------------
+
+
+def place(environment: Mapping[str, str]) -> Place | None:
+    """Where the environment says that this process stands; None where it is alone.
+
+    Understood, in this order: JAX's own JAX_COORDINATOR_ADDRESS with JAX_NUM_PROCESSES and JAX_PROCESS_ID; TPU slices, one
+    or several; Slurm's srun; Open MPI; SkyPilot.
+    """
+    for finds in (_jax, _tpu, _slurm, _open_mpi, _skypilot):
+        found = finds(environment)
+        if found is not None:
+            return found if found.count > 1 else None
+    return None
+
+
+def _jax(environment: Mapping[str, str]) -> Place | None:
+    if "JAX_COORDINATOR_ADDRESS" not in environment:
+        return None
+    count, number = (_number(environment, name) for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID"))
+    if number >= count:
+        raise ValueError(
+            f"JAX_PROCESS_ID: {number} is not among the {count} processes of JAX_NUM_PROCESSES; they count from 0"
+        )
+    return Place(environment["JAX_COORDINATOR_ADDRESS"], count, number, told_by="JAX_COORDINATOR_ADDRESS")
+
+
+def _number(environment: Mapping[str, str], name: str) -> int:
+    value = environment.get(name, "")
+    if not value.isdigit():
+        raise ValueError(f"{name}: {value!r} is not a number; set it beside JAX_COORDINATOR_ADDRESS, e.g. {name}=0")
+    return int(value)
+
+
+def _tpu(environment: Mapping[str, str]) -> Place | None:
+    """A TPU machine knows its slice from the cloud's metadata or from GKE's variables, which JAX reads.
+
+    Only there: on other machines with libtpu, TPU_WORKER_HOSTNAMES holds a warning, commas and all.
+    """
+    if not cloud_tpu_init.running_in_cloud_tpu_vm:
+        return None
+    seconds = _patience(environment, "ITJAX_JOIN_SECONDS")
+    try:
+        address, count, number, _ = clusters.ClusterEnv.auto_detect_unset_distributed_params(
+            None, None, None, None, None, seconds
+        )
+    except Exception as error:
+        raise Lost(
+            f"TPU: the machine's place in its slice is not known ({type(error).__name__}: {error}). Start all hosts again, "
+            "or set TPU_SKIP_MDS_QUERY=1 where there is only this one"
+        ) from error
+    return Place(address, count, number, told_by="the TPU slice") if address and count and number is not None else None
+
+
+def _slurm(environment: Mapping[str, str]) -> Place | None:
+    """A task of srun. In the shell of salloc or sbatch there is a number of tasks, too, but nobody who starts them."""
+    if "SLURM_STEP_NODELIST" not in environment or not SlurmCluster.is_env_present():
+        return None
+    tasks = environment.get("SLURM_STEP_TASKS_PER_NODE", "1")  # "4", "8(x2)", "2,1": of the first node and so on
+    shares = int(environment["SLURM_NTASKS"]) > 1 and max(map(int, re.findall(r"(?:^|,)(\d+)", tasks))) > 1
+    return Place(
+        SlurmCluster.get_coordinator_address(None, environment.get("JAX_COORDINATOR_PORT")),
+        SlurmCluster.get_process_count(),
+        SlurmCluster.get_process_id(),
+        devices=_own_device(environment, SlurmCluster.get_local_process_id()) if shares else None,
+        told_by="Slurm",
+    )
+
+
+def _open_mpi(environment: Mapping[str, str]) -> Place | None:
+    if "OMPI_COMM_WORLD_SIZE" not in environment or not OmpiCluster.is_env_present():
+        return None
+    shares = int(environment.get("OMPI_COMM_WORLD_LOCAL_SIZE", "1")) > 1
+    return Place(
+        OmpiCluster.get_coordinator_address(None, environment.get("JAX_COORDINATOR_PORT")),
+        OmpiCluster.get_process_count(),
+        OmpiCluster.get_process_id(),
+        devices=_own_device(environment, OmpiCluster.get_local_process_id()) if shares else None,
+        told_by="Open MPI",
+    )
+
+
+def _own_device(environment: Mapping[str, str], local: int | None) -> int | None:
+    """Tasks that share a machine take one device each, unless their launcher shows each task only its own."""
+    shown = environment.get("CUDA_VISIBLE_DEVICES", environment.get("ROCR_VISIBLE_DEVICES"))
+    return None if shown is not None and "," not in shown else local
+
+
+def _skypilot(environment: Mapping[str, str]) -> Place | None:
+    if "SKYPILOT_NODE_IPS" not in environment:
+        return None
+    hosts = environment["SKYPILOT_NODE_IPS"].split()
+    return Place(
+        f"{hosts[0]}:{environment.get('JAX_COORDINATOR_PORT', PORT)}",
+        len(hosts),
+        int(environment["SKYPILOT_NODE_RANK"]),
+        told_by="SkyPilot",
+    )
+
+
+# --- joining and leaving ----------------------------------------------------------------------------------------------
 
 
 def start() -> None:
     """Joins the cluster that the environment describes; does nothing where it describes none. Call before any other jax use.
 
-    Understood: JAX's own JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID; Slurm; a TPU pod.
+    The environment is that of `place`; how long it waits for what is in PATIENCE.
     """
-    if "JAX_COORDINATOR_ADDRESS" in os.environ:
+    found = place(os.environ)
+    if found is None:
+        return
+    seconds = {name: _patience(os.environ, name) for name in PATIENCE}
+    flag, flags = "xla_cpu_collective_timeout_seconds", os.environ.get("XLA_FLAGS", "")
+    if jax.config.jax_platforms == "cpu" and flag not in flags:  # type: ignore[attr-defined]
+        os.environ["XLA_FLAGS"] = f"{flags} --{flag}={seconds['ITJAX_STUCK_SECONDS']}".strip()
+    # JAX's own service for preemption takes SIGTERM and lets the process run on; see `parallel/stopping.py`.
+    jax.config.update("jax_enable_preemption_service", False)
+    with _in_time(found, seconds["ITJAX_JOIN_SECONDS"]):
         jax.distributed.initialize(
-            os.environ["JAX_COORDINATOR_ADDRESS"],
-            num_processes=_number("JAX_NUM_PROCESSES"),
-            process_id=_number("JAX_PROCESS_ID"),
+            found.coordinator,
+            num_processes=found.count,
+            process_id=found.number,
+            local_device_ids=found.devices,
+            cluster_detection_method="deactivate",
+            coordinator_bind_address=_bound(found, os.environ) if found.number == 0 else None,
+            initialization_timeout=2 * seconds["ITJAX_JOIN_SECONDS"],  # ours comes first, see `_in_time`
+            heartbeat_timeout_seconds=seconds["ITJAX_HEARTBEAT_SECONDS"],
+            shutdown_timeout_seconds=seconds["ITJAX_LEAVE_SECONDS"],
         )
-    elif int(os.environ.get("SLURM_NTASKS", "1")) > 1 or "," in os.environ.get("TPU_WORKER_HOSTNAMES", ""):
-        jax.distributed.initialize()
 
 
-def _number(name: str) -> int:
-    value = os.environ.get(name, "")
-    if not value.isdigit():
-        raise ValueError(f"{name}: {value!r} is not a number; set it beside JAX_COORDINATOR_ADDRESS, e.g. {name}=0")
+def _patience(environment: Mapping[str, str], name: str) -> int:
+    value = environment.get(name, str(PATIENCE[name]))
+    if not value.isdigit() or int(value) < 1:
+        raise ValueError(f"{name}: {value!r} is not a number of seconds; e.g. {name}={PATIENCE[name]}")
     return int(value)
+
+
+@contextlib.contextmanager
+def _in_time(found: Place, seconds: int) -> Iterator[None]:
+    """Ends the process with a message if what is within takes longer: a late `initialize` aborts, with a stack trace."""
+
+    def too_late() -> None:
+        whom = "not all of them have come" if found.number == 0 else "the first of them is not there"
+        print(
+            f"itjax: process {found.number} of {found.count}, as {found.told_by} has it, waited {seconds} s for the others at "
+            f"{found.coordinator}: {whom}. Look whether each was started and reaches that address, then start all again; "
+            f"ITJAX_JOIN_SECONDS={2 * seconds} waits longer",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(PEER_LOST)
+
+    timer = threading.Timer(seconds, too_late)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def _bound(found: Place, environment: Mapping[str, str]) -> str | None:
+    """The one address of this machine at which the first process listens; None is all of them.
+
+    That is where the name leads if it leads here: behind a translated address, or where a machine knows its own name as
+    127.0.1.1, others would not reach it.
+    """
+    if "JAX_COORDINATOR_BIND_ADDRESS" in environment:
+        return environment["JAX_COORDINATOR_BIND_ADDRESS"]
+    host, _, port = found.coordinator.rpartition(":")
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)[0]
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{found.told_by}: {found.coordinator!r} is no address of a first process ({error}); give host:port"
+        ) from error
+    with socket.socket(family) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # what a run that just ended leaves is no hindrance
+        try:
+            probe.bind(address)
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE:
+                return None
+            raise ValueError(
+                f"{found.told_by}: port {port} of {host} is taken by another program; end it, or choose another port for all "
+                "processes (in JAX_COORDINATOR_ADDRESS, or JAX_COORDINATOR_PORT where that is not set)"
+            ) from error
+    is_hidden = str(address[0]).startswith("127.") and not re.fullmatch(r"localhost|127\.[\d.]+", host)
+    return None if is_hidden else f"[{address[0]}]:{port}" if family == socket.AF_INET6 else f"{address[0]}:{port}"
+
+
+@contextlib.contextmanager
+def joined(explain: Callable[[Exception], int]) -> Iterator[None]:
+    """A whole command: joins the cluster, and where something is raised, ends this process without waiting for the others.
+
+    `explain` prints what was raised and returns the exit code. When another process ends so, this one does, too. A process
+    that is alone raises as ever.
+    """
+    start()
+    service = _service()
+    if service is None:
+        yield
+        return
+    try:
+        with looking(lambda: _follow(service, explain)):
+            yield
+    except Exception as error:
+        _leave(service, error, explain)
+
+
+def _follow(service: Any, explain: Callable[[Exception], int]) -> bool:
+    """Ends this process if another one has ended with an error."""
+    for key, code in service.key_value_dir_get(LEFT):
+        other = int(key.rpartition("/")[2])
+        if other == distributed.global_state.process_id:
+            return False  # we are ending ourselves
+        if code != "143":  # those that stop have all saved the same step, each at its own speed
+            _say_left(service, code)
+            lost = explain(Lost(f"process {other} has ended with exit code {code}; see there"))
+            _exit(int(code) if code in ("2", "5") else lost)
+    return True
+
+
+def _leave(service: Any, error: Exception, explain: Callable[[Exception], int]) -> NoReturn:
+    """The end of a process that failed or was stopped: at once, for the ordinary exit waits for processes that never come.
+
+    The first process is the last to go, because the service that all depend on goes with it.
+    """
+    number, count = distributed.global_state.process_id, distributed.global_state.num_processes
+    if not _of_others(error):
+        code = explain(error)
+        _say_left(service, str(code))
+        if number == 0:
+            _silent(service, count)
+        _exit(code)
+    _say_left(service, str(PEER_LOST))
+    silent = _silent(service, count) if number == 0 else []
+    who = f"no word from {_processes(silent)}" if silent else "process 0 says which"
+    code = explain(
+        Lost(
+            f"process {number} of {count}: another one was lost or is stuck, {who} ({_first_line(error)}). "
+            "The same command, for all processes, goes on from the last checkpoint"
+        )
+    )
+    _exit(code)
+
+
+def _say_left(service: Any, code: str) -> None:
+    with contextlib.suppress(jax.errors.JaxRuntimeError):  # the service is gone, and with it those who would hear
+        service.key_value_set(f"{LEFT}/{distributed.global_state.process_id}", code, allow_overwrite=True)
+
+
+def _exit(code: int) -> NoReturn:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _of_others(error: Exception) -> bool:
+    """Whether it was raised because another process is gone: what transports and the coordination service say then."""
+    words = r"Gloo|Connection (reset|closed|refused)|Socket closed|UNAVAILABLE|DEADLINE_EXCEEDED|[Hh]eartbeat|NCCL"
+    raised = isinstance(error, (jax.errors.JaxRuntimeError, ValueError, TimeoutError))
+    return raised and not isinstance(error, Disagreement) and re.search(words, str(error)) is not None
+
+
+def _silent(service: Any, count: int) -> list[int]:
+    """Which processes do not say within LAST_WORDS seconds that they end, too."""
+    until = time.monotonic() + LAST_WORDS
+    silent = []
+    for other in range(1, count):
+        try:
+            service.blocking_key_value_get(f"{LEFT}/{other}", max(1, round(1000 * (until - time.monotonic()))))
+        except jax.errors.JaxRuntimeError:
+            silent.append(other)
+    time.sleep(0.2)  # they have said so, and are gone in a moment
+    return silent
+
+
+def _processes(numbers: list[int]) -> str:
+    return ("process " if len(numbers) == 1 else "processes ") + ", ".join(map(str, numbers))
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0][:200]
+
+
+# --- agreeing and waiting ---------------------------------------------------------------------------------------------
+
+_times = itertools.count()
+
+
+def agree(facts: Mapping[str, str], *, seconds: int) -> None:
+    """Compares facts of all processes, by name. Where one differs all raise the same Disagreement. All call it, in one order.
+
+    A process compares itself with the first one and says how it differs; the first one collects that and tells everybody.
+    Raises Lost where that takes longer than so many seconds.
+    """
+    service = _service()
+    if service is None:
+        return
+    number, count = distributed.global_state.process_id, distributed.global_state.num_processes
+    key = f"itjax: agree {next(_times)}"
+
+    def said(what: str, by: int) -> str:
+        try:
+            return service.blocking_key_value_get(f"{key}/{what}", 1000 * seconds)
+        except jax.errors.JaxRuntimeError as error:
+            raise Lost(
+                f"process {number} of {count}: no word from process {by} for {seconds} s, to compare settings and data. "
+                f"See its messages, and start all processes again ({_first_line(error)})"
+            ) from error
+
+    if number == 0:
+        service.key_value_set(f"{key}/facts", json.dumps(dict(facts)))
+        found = [said(str(other), by=other) for other in range(1, count)]
+        service.key_value_set(f"{key}/verdict", "; ".join(difference for difference in found if difference))
+    else:
+        mine = differences(json.loads(said("facts", by=0)), facts, number=number)
+        service.key_value_set(f"{key}/{number}", "; ".join(mine))
+    if verdict := said("verdict", by=0):
+        raise Disagreement(
+            f"the {count} processes of this run were not started alike: {verdict}. Start all of them with the same command, "
+            "the same installation and the same files, and one run_dir that all of them see"
+        )
+
+
+def differences(first: Mapping[str, str], mine: Mapping[str, str], *, number: int) -> list[str]:
+    """What process `number` has otherwise than the first one: `process 3 has config.seed=1, process 0 has 0`."""
+    return [
+        f"process {number} has {name}={mine.get(name, 'nothing')}, process 0 has {first.get(name, 'nothing')}"
+        for name in {**first, **mine}
+        if first.get(name) != mine.get(name)
+    ]
+
+
+@contextlib.contextmanager
+def looking(look: Callable[[], bool]) -> Iterator[None]:
+    """Within, a thread looks every second, until `look` returns False.
+
+    It waits here and not in the service: an interpreter that ends while a thread is in there aborts.
+    """
+    ended = threading.Event()
+
+    def run() -> None:
+        with contextlib.suppress(jax.errors.JaxRuntimeError):  # the service is gone: whoever needs it, says so
+            while not ended.wait(PERIOD) and look():
+                pass
+
+    thread = threading.Thread(target=run, name="itjax: looking", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
 
 
 def writes() -> bool:
@@ -41,6 +423,11 @@ def barrier(name: str) -> None:
     The coordination service waits, not a collective: on CPUs the first collective gives up after 30 seconds.
     """
     if jax.process_count() > 1:
-        service = distributed.global_state.client
+        service = _service()
         assert service is not None, "processes that are several have a coordination service"
         service.wait_at_barrier(name, LONGEST_WAIT * 1000)
+
+
+def _service() -> Any:
+    """The client of the coordination service; None in a process that is alone."""
+    return distributed.global_state.client

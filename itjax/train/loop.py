@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import signal
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -20,7 +19,7 @@ from itjax.data.loader import Loader
 from itjax.models import lora
 from itjax.models.model import Model, Params, join
 from itjax.objectives.sft import sft
-from itjax.parallel import cluster, layout
+from itjax.parallel import cluster, layout, stopping
 from itjax.train import checkpoint, optimizer
 from itjax.train.checkpoint import Checkpoints, steps
 from itjax.train.state import TrainState, abstract, evaluated, fresh, state_axes
@@ -170,7 +169,12 @@ def train(
     if start:
         watch.say(f"resuming {run_dir} at step {start} of {num_steps}")
     config = dataclasses.asdict(run) | {checkpoint.BASE: base}
-    with contextlib.closing(watch), contextlib.closing(saved), contextlib.closing(loader), _sigterm() as stop:
+    with (
+        contextlib.closing(watch),
+        contextlib.closing(saved),
+        contextlib.closing(loader),
+        stopping.on_sigterm(start) as stop,
+    ):
         if start == 0 and evaluators:
             watch.scores(0, _scores(run, evaluators, 0, state))
         for number, batch, waited in _batches(loader, start, num_steps):
@@ -181,10 +185,11 @@ def train(
             if evaluators and (is_last or is_due):
                 watch.flush()
                 watch.scores(number, _scores(run, evaluators, number, state))
-            if is_last or stop.is_set or number % run.checkpoint.every == 0:
+            stops = stop.after(number)
+            if is_last or stops or number % run.checkpoint.every == 0:
                 watch.flush()  # the lines up to a checkpoint are on disk before the checkpoint is
                 saved.save(dataclasses.replace(state, frozen={}), loader.get_state(), config, data_manifest)
-            if stop.is_set:
+            if stops:
                 saved.wait()
                 watch.say(f"SIGTERM: step {number} is saved; the same command goes on from there")
                 raise Stopped
@@ -216,31 +221,6 @@ def _facts(loader: Loader, number: int, waited: float, flops: Callable[[int], fl
         example_ids=loader.digest(step),
         input_wait_seconds=waited,
     )
-
-
-@dataclasses.dataclass
-class _Stop:
-    is_set: bool = False
-
-
-@contextlib.contextmanager
-def _sigterm() -> Iterator[_Stop]:
-    """Within, the first SIGTERM asks for a stop after the current step; a second one ends the process at once."""
-    stop = _Stop()
-
-    def ask(*_: object) -> None:
-        stop.is_set = True
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-    try:
-        before = signal.signal(signal.SIGTERM, ask)
-    except ValueError:  # not the main thread: nobody sends us signals there
-        yield stop
-        return
-    try:
-        yield stop
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def check_run_dir(run: Run) -> None:
