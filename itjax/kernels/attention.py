@@ -13,7 +13,7 @@ from typing import NamedTuple
 import jax
 
 from itjax.base.freeze import nearest
-from itjax.kernels import cudnn, plain, splash, streamed
+from itjax.kernels import cudnn, plain, splash, streamed, unpacked
 from itjax.kernels.case import Case, Scores, Segments, Stripes
 from itjax.kernels.plain import read
 
@@ -31,6 +31,7 @@ EVERYWHERE = ("cpu", "gpu", "tpu")
 
 IMPLEMENTATIONS = {  # best first
     "cudnn": Implementation(cudnn.attend, cudnn.refuses, ("gpu",)),
+    "unpacked": Implementation(unpacked.attend, unpacked.refuses, ("gpu",)),
     "splash": Implementation(splash.attend, splash.refuses, ("tpu",), tracked=False),
     "blockwise": Implementation(plain.blockwise, plain.refuses, EVERYWHERE),
     "streamed": Implementation(streamed.attend, streamed.refuses, EVERYWHERE),

@@ -42,7 +42,7 @@ GROUPS_HEADS = jax.__version_info__ >= (0, 11, 1)
 
 class Device(NamedTuple):
     capability: str  # compute capability, "9.0" for Hopper
-    version: int  # of cuDNN, 91002 for 9.10.2
+    version: int  # of cuDNN, 91002 for 9.10.2; 0: jax does not say
 
 
 _ABSENT: ContextVar[Device | None] = ContextVar("absent", default=None)
@@ -56,7 +56,7 @@ def absent(capability: str = "9.0", *, version: int = 91002) -> Iterator[None]:
     """
     answers = {
         "check_cudnn_version": lambda: version,
-        "check_compute_capability": lambda wanted: _numbers(capability) >= _numbers(wanted),
+        "check_compute_capability": lambda wanted: number(capability) >= number(wanted),
         "is_cuda_compute_capability_equal": lambda wanted: capability == wanted,
     }
     asked = {name: getattr(lower, name) for name in answers}
@@ -75,9 +75,13 @@ def device() -> Device | None:
     """The device that programs are lowered for: of the `absent` scope or attached; None where there is none with cuDNN."""
     if (said := _ABSENT.get()) is not None:
         return said
-    if jax.default_backend() != "gpu" or getattr(lower, "cuda_versions", None) is None:
+    if jax.default_backend() != "gpu":
         return None
-    return Device(jax.local_devices()[0].compute_capability, lower.cuda_versions.cudnn_get_version())
+    attached = jax.local_devices()[0]
+    versions = getattr(lower, "cuda_versions", None)
+    if "cuda" not in attached.client.platform_version or (lower is not None and versions is None):
+        return None
+    return Device(attached.compute_capability, versions.cudnn_get_version() if versions else 0)
 
 
 def refuses(case: Case) -> str:
@@ -95,7 +99,9 @@ def refuses(case: Case) -> str:
     found = device()
     if found is None:
         return "no NVIDIA GPU with cuDNN is attached; pip install 'itjax[cuda]' on a machine that has one"
-    return _refuses_device(case, found)
+    if number(found.capability) < (9, 0):
+        return f"packed rows need a GPU of compute capability 9.0, Hopper, or newer; this one has {found.capability}"
+    return refuses_version(found) or refuses_head_size(case, found)
 
 
 def refuses_scores(case: Case) -> str:
@@ -111,14 +117,14 @@ def refuses_scores(case: Case) -> str:
     return ""
 
 
-def _refuses_device(case: Case, found: Device) -> str:
-    if _numbers(found.capability) < (9, 0):
-        return f"packed rows need a GPU of compute capability 9.0, Hopper, or newer; this one has {found.capability}"
-    if found.version < 90600 or found.version in (91000, 91001):
-        return (
-            f"packed rows need cuDNN 9.6 or newer, and not 9.10.0 or 9.10.1 which have faults; this is {found.version}"
-        )
-    if case.head_size > 128 and _numbers(found.capability)[0] != 9:
+def refuses_version(found: Device) -> str:
+    if 0 < found.version < 90600 or found.version in (91000, 91001):
+        return f"cuDNN has to be 9.6 or newer, and not 9.10.0 or 9.10.1 which have faults; this is {found.version}"
+    return ""
+
+
+def refuses_head_size(case: Case, found: Device) -> str:
+    if case.head_size > 128 and number(found.capability)[0] != 9:
         return f"heads of {case.head_size} are for Hopper only; on {found.capability} they are 128 at most"
     return ""
 
@@ -268,5 +274,6 @@ def packed(
     )
 
 
-def _numbers(version: str) -> tuple[int, ...]:
+def number(version: str) -> tuple[int, ...]:
+    """What can be compared: (9, 0) for "9.0"."""
     return tuple(int(part) for part in version.split("."))

@@ -244,7 +244,7 @@ def test_what_it_cannot_do_is_refused_with_the_reason(changes, why):
     "device, changes, why",
     [
         (HOPPER._replace(capability="8.0"), {}, "compute capability 9.0, Hopper, or newer; this one has 8.0"),
-        (HOPPER._replace(version=90501), {}, "cuDNN 9.6 or newer"),
+        (HOPPER._replace(version=90501), {}, "has to be 9.6 or newer"),
         (HOPPER._replace(version=91001), {}, "have faults; this is 91001"),
         (HOPPER._replace(capability="10.0"), {"head_size": 256}, "on 10.0 they are 128 at most"),
     ],
