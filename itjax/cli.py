@@ -10,6 +10,7 @@ from typing import NoReturn
 COMMANDS = {
     "train": ("itjax.main", "train; resumes by itself"),
     "show": ("itjax.show", "print rows as they will be trained"),
+    "plan": ("itjax.plan", "what a run needs on devices that you do not have: memory, time, traffic"),
     "verify": ("itjax.verify", "prove the invariances on your config and devices"),
     "audit": ("itjax.audit", "say what is in the data: duplicates, leaks, personal data, offensive and faulty rows"),
     "export": ("itjax.export", "a run as the folder of a published model, which other libraries open"),

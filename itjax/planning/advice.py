@@ -29,6 +29,10 @@ class Estimate:
     def total(self) -> float:
         return memory.total(self.parts)
 
+    def faster_than(self, other: "Estimate") -> bool:
+        """By more than rounding; where seconds are not known, by FLOPs."""
+        return self.order[0] < 0.99 * other.order[0]
+
 
 @dataclass(frozen=True)
 class Suggestion:
@@ -58,13 +62,19 @@ def kept_of(case: Case) -> Kept:
     return KEPT[key]
 
 
+def hosted(case: Case) -> float:
+    """Bytes that a device sends to its host and back in a step."""
+    _, activations = memory.per_device(case, kept_of(case))
+    return 2.0 * (activations * case.run.accumulate + memory.state(case).host)
+
+
 def estimate(case: Case, load: Load) -> Estimate:
     of_rows = kept_of(case)
     parts = memory.parts(case, of_rows)
     flops = roofline.products(case, load)
     traffic = roofline.expected_traffic(case)
     moved = roofline.memory_traffic(case, memory.state(case), parts["activations"])
-    bound = roofline.bound(case.target, flops, traffic, moved)
+    bound = roofline.bound(case.target, flops, traffic, moved, hosted=hosted(case))
     others = sum(seconds or 0.0 for seconds in bound.seconds.values())
     first = flops.step if bound.step is None else float(f"{bound.step:.2g}")  # what is as good as equal is equal
     return Estimate(parts, bound.step, (first, others, traffic.link + traffic.network, memory.total(parts)))
@@ -102,7 +112,7 @@ def suggestions(case: Case, load: Load, *, peak: float, limit: float | None) -> 
         there = estimate(other, load)
         found.append((there, Suggestion(settings, other, peak + there.total - here.total, there.seconds, False)))
     if limit is not None and peak <= limit:
-        chosen = [(there, one) for there, one in found if one.peak <= limit and there.order < here.order]
+        chosen = [(there, one) for there, one in found if one.peak <= limit and there.faster_than(here)]
     else:
         chosen = [(there, one) for there, one in found if one.peak < peak]
     chosen.sort(key=lambda pair: (limit is not None and pair[1].peak > limit, pair[0].order))

@@ -108,9 +108,11 @@ def _plan(
         activations = of_parts["activations"]
     flops, bound = roofline.products(case, load), None
     if measured is not None and measured.compiles:
-        sent = sum(measured.received.values())
+        inside = sum(measured.received.values()) - measured.crossing
         moved = roofline.memory_traffic(case, state, activations)
-        bound = roofline.bound(case.target, flops, Traffic(sent, measured.crossing), moved)
+        bound = roofline.bound(
+            case.target, flops, Traffic(inside, measured.crossing), moved, hosted=advice.hosted(case)
+        )
     moves, _ = lora.split(case.model.abstract, case.compiled.moves)
     return Plan(
         case=case,

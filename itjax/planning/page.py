@@ -15,6 +15,7 @@ MEANS = {
     "memory": "reading and writing memory",
     "link": "what devices of a slice or node send each other",
     "network": "what slices or nodes send each other",
+    "host": "what devices and their hosts send each other",
 }
 
 

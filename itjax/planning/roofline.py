@@ -6,17 +6,38 @@ Everything else is taken to be free and to overlap, so a real step is longer. Wh
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
 from itjax.models import families
+from itjax.models.config import ModelConfig
 from itjax.parallel.topology import Target
 from itjax.planning import memory
 from itjax.planning.case import Case
 from itjax.planning.memory import State
 
-# What of a layer's forward pass is done again on the way back: the share of its kernels' products, and whether attention.
-AGAIN: Mapping[str, tuple[float, bool]] = {"none": (0.0, False), "dots": (0.0, True), "full": (1.0, True)}
+
+class Again(NamedTuple):
+    """What of a layer's forward pass a rematerialisation does again on the way back, see models/remat.py."""
+
+    attention: bool  # of the products of its projections
+    hidden: bool  # of the feed-forward's first two
+    scores: bool  # of attention itself
+
+    @property
+    def any(self) -> bool:
+        return self.attention or self.hidden
+
+
+AGAIN: Mapping[str, Again] = {
+    "none": Again(False, False, False),
+    "dots": Again(False, False, False),
+    "narrow": Again(False, True, False),
+    "attention": Again(True, True, False),
+    "full": Again(True, True, True),
+    "offload": Again(True, True, True),
+}
 
 
 @dataclass(frozen=True)
@@ -65,29 +86,38 @@ def products(case: Case, load: Load) -> Products:
     head = config.dim * config.vocab
     kernels = families.matmul_parameters(config) - head
     attention = model - (4.0 + 2.0 * moving) * (kernels + head) * load.tokens
-    share, reads_again = AGAIN[case.run.remat]
-    again = share * 2.0 * kernels * load.positions + (attention / 3 if reads_again else 0.0)
+    again = 2.0 * _repeated(config, AGAIN[case.run.remat]) * load.positions
+    again += attention / 3 if AGAIN[case.run.remat].scores else 0.0
     forward_and_back = 4.0 + 2.0 * moving
     step = forward_and_back * (kernels * load.positions + head * load.trained) + attention + again
     return Products(model, again, step)
 
 
+def _repeated(config: ModelConfig, again: Again) -> float:
+    """Parameters that a token is multiplied by once more."""
+    projections = config.dim * config.head_size * (2 * config.heads + 2 * config.kv_heads)
+    hidden = 2 * config.dim * config.ffn * (config.experts.chosen if config.experts else 1)
+    return config.layers * float(again.attention * projections + again.hidden * hidden)
+
+
 def memory_traffic(case: Case, state: State, activations: float) -> float:
     """Bytes that one device reads and writes at least: its state once each way, what is kept for the way back once each way,
     and the layers' weights, put together, in every pass over them."""
-    passes = 2 + (AGAIN[case.run.remat][0] > 0)
+    passes = 2 + AGAIN[case.run.remat].any
     layers = case.config.layers * memory.layer(case)
     moved = 2 * (state.parameters + state.optimizer) + state.frozen
     return moved + case.run.accumulate * (passes * layers + 2 * activations)
 
 
-def bound(target: Target, flops: Products, traffic: Traffic, moved: float) -> Bound:
+def bound(target: Target, flops: Products, traffic: Traffic, moved: float, *, hosted: float) -> Bound:
+    """`moved` bytes through a device's memory, `hosted` between it and its host."""
     chip, num_devices = target.chip, len(target.devices)
     seconds = {
         "products": _over(flops.step / num_devices, chip.flops),
         "memory": _over(moved, chip.bandwidth),
         "link": _over(traffic.link, target.link),
         "network": _over(traffic.network, chip.network),
+        "host": _over(hosted, chip.host_link),
     }
     if chip.flops is None:
         return Bound(seconds, None, "", None)
@@ -118,7 +148,7 @@ def expected_traffic(case: Case) -> Traffic:
     """
     sizes, run, config = dict(case.mesh.shape), case.run, case.config
     itemsize = np.dtype(case.dtype).itemsize
-    passes = 2 + (AGAIN[run.remat][0] > 0)
+    passes = 2 + AGAIN[run.remat].any
     layers = config.layers * memory.layer(case) / itemsize  # elements, put together
     gathered = sizes["fsdp"] * sizes["expert"] * sizes["context"]
     moves = run.lora.rank == 0
