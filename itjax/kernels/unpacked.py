@@ -201,5 +201,6 @@ def _put_back(x_BTNH: jax.Array, places_RL: jax.Array, rows_RLNH: jax.Array) -> 
 
 def _zeros_like(x: jax.Array) -> jax.Array:
     """Varying over the axes of the mesh that `x` varies over, as what a loop carries has to."""
-    axes = tuple(jax.typeof(x).manual_axis_type.varying)
-    return jax.lax.pcast(jnp.zeros_like(x), axes, to="varying") if axes else jnp.zeros_like(x)
+    zeros = jnp.zeros_like(x)
+    missing = jax.typeof(x).manual_axis_type.varying - jax.typeof(zeros).manual_axis_type.varying
+    return jax.lax.pcast(zeros, tuple(missing), to="varying") if missing else zeros

@@ -6,9 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, Mesh
 
 from itjax.kernels import attention, cudnn, unpacked
 from itjax.kernels.attention import Case, Scores, Segments
+from itjax.models import attending
 
 SCORES = Scores(0.4)
 CASE = Case("gpu", 4096, 32, 8, 128, "bfloat16", Scores(0.1))
@@ -86,6 +88,25 @@ def test_memory_does_not_grow_with_the_square_of_the_length():
     assert set(re.findall(r"mask_type\\22: \\22(\w+)", text)) == {"PADDING_CAUSAL"}
     sizes = [np.prod([int(n) for n in shape[:-1].split("x")]) for shape in re.findall(r"tensor<((?:\d+x)+)[a-z]", text)]
     assert max(sizes) == 2 * 1024 * 4 * 64
+
+
+@pytest.mark.parametrize("name", ["unpacked", "cudnn"])
+def test_it_lowers_with_rows_positions_and_heads_split_over_a_mesh(name):
+    """What a loop carries has to vary over the same axes of the mesh from step to step."""
+    mesh = Mesh(
+        np.array(jax.devices()).reshape(2, 2, 2), ("data", "context", "tensor"), axis_types=(AxisType.Auto,) * 3
+    )
+
+    def total(q, k, v, segments):
+        read = attending.attend(q, k, v, segments, None, wanted=name, platform="gpu", scores=SCORES)
+        return read.astype(jnp.float32).sum()
+
+    q, k = (jax.ShapeDtypeStruct((4, 256, n, 64), jnp.bfloat16) for n in (8, 4))
+    with cudnn.absent(), jax.set_mesh(mesh):
+        program = jax.jit(jax.grad(total, argnums=(0, 1, 2))).trace(q, k, k, jax.ShapeDtypeStruct((4, 256), jnp.int32))
+        text = program.lower(lowering_platforms=("cuda",)).as_text()
+    assert "custom_call @__cudnn$fmhaSoftmaxBackward" in text
+    assert "(tensor<2x256x2x64xbf16>" in text or name == "unpacked"  # of 8 heads a device reads 2, of whole rows
 
 
 @pytest.mark.parametrize(
