@@ -218,8 +218,8 @@ def _crossing(kind: str, sent: int, group: int, nodes: int) -> int:
 
 def _permute(run: hlo.Run, where: _Places, sent: int) -> Collective:
     pairs = [
-        tuple(map(int, pair))
-        for pair in re.findall(r"\{(\d+),(\d+)\}", _braces(run.instruction.rest, "source_target_pairs"))
+        (int(source), int(target))
+        for source, target in re.findall(r"\{(\d+),(\d+)\}", _braces(run.instruction.rest, "source_target_pairs"))
     ]
     moved = [pair for pair in pairs if pair[0] != pair[1]]
     return Collective(

@@ -16,22 +16,9 @@ import jax
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from itjax.base.chips import chip_of
 from itjax.base.schema import Log
 from itjax.train.step import Metrics
-
-# Dense bf16 FLOP/s of one device, by the start of jax's device_kind. Sources: the vendors' data sheets.
-PEAK_FLOPS = {
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5e": 197e12,
-    "TPU v5p": 459e12,
-    "TPU v5": 459e12,
-    "TPU v6": 918e12,
-    "NVIDIA A100": 312e12,
-    "NVIDIA H100": 989.4e12,
-    "NVIDIA H200": 989.4e12,
-    "NVIDIA B200": 2250e12,
-}
 
 
 class Aborted(RuntimeError):
@@ -48,12 +35,6 @@ class Facts:
     flops: float  # useful FLOPs: real tokens only, attention inside own segments only
     example_ids: str  # digest of the (source, index, epoch) of every example, in row order
     input_wait_seconds: float
-
-
-def peak_flops(device: jax.Device) -> float | None:
-    """Dense bf16 FLOP/s of the device, None where it is not known (every CPU)."""
-    known = (peak for kind, peak in PEAK_FLOPS.items() if device.device_kind.startswith(kind))
-    return next(known, None)
 
 
 class Journal:
@@ -126,7 +107,8 @@ class Watch:
         self._progress = _progress(console) if writes and log.progress else None
         self._task = self._progress.add_task("", total=num_steps, completed=start, note="") if self._progress else None
         self._pending: tuple[int, Metrics, Facts] | None = None
-        self._peak = peak_flops(jax.devices()[0])
+        chip = chip_of(jax.devices()[0].device_kind)
+        self._peak = chip.flops if chip else None  # FLOP/s of one device, where they are known
         self._last_read = time.perf_counter()
         self._last_line = -math.inf
         self._skips = 0
