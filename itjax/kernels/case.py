@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 HIDDEN = -1e30  # a score that is not seen; finite, so that a query which sees nothing gives numbers and not NaN
 
@@ -22,9 +23,10 @@ class Scores(NamedTuple):
 class Stripes(NamedTuple):
     """Which positions of a row have the queries that are given: of `parts` shares of stripes, share number `part`.
 
-    parts 2, size 2   positions  0 1 | 2 3 | 4 5 | 6 7      part 0 has 0 1 4 5, part 1 has 2 3 6 7
+    parts 2, size 2   positions  0 1 | 2 3 | 4 5 | 6 7      part 0 has 0 1 6 7, part 1 has 2 3 4 5
 
-    Stripes share causal work evenly, whatever the lengths of documents are. `part` may be a traced number.
+    They are dealt out forwards and backwards in turn, which shares causal work evenly, whatever the lengths of documents
+    are. `part` may be a traced number.
     """
 
     part: jax.Array | int = 0
@@ -36,7 +38,16 @@ class Stripes(NamedTuple):
         number_Q = jnp.arange(count)
         if self.parts == 1:
             return number_Q
-        return (number_Q // self.size * self.parts + self.part) * self.size + number_Q % self.size
+        turn_Q = number_Q // self.size
+        part_Q = jnp.where(turn_Q % 2 == 0, self.part, self.parts - 1 - self.part)
+        return (turn_Q * self.parts + part_Q) * self.size + number_Q % self.size
+
+    def all_places_PQ(self, length: int) -> np.ndarray:
+        """The positions in a row of this length that each part has, before anything is traced."""
+        size = self.size if self.parts > 1 else length
+        places_MPS = np.arange(length).reshape(-1, self.parts, size)
+        places_MPS[1::2] = places_MPS[1::2, ::-1].copy()
+        return places_MPS.swapaxes(0, 1).reshape(self.parts, -1)
 
 
 class Segments(NamedTuple):

@@ -15,6 +15,12 @@ import jax.numpy as jnp
 Pin = Callable[..., jax.Array]
 
 
+def add(x_SVD: jax.Array, *names: str | None) -> jax.Array:
+    """The sum over shards, where no mesh splits them."""
+    del names
+    return x_SVD.sum(axis=0)
+
+
 class CrossEntropy(NamedTuple):
     """`loss` is what gradients flow through; the rest are facts about each position, 0 where the weight is 0."""
 
@@ -30,6 +36,7 @@ class _Settings(NamedTuple):
     softcap: float
     chunk: int
     pin: Pin
+    add: Pin
 
 
 def linear_cross_entropy(
@@ -44,11 +51,13 @@ def linear_cross_entropy(
     chunk: int,
     shards: tuple[int, int],
     pin: Pin,
+    add: Pin = add,
 ) -> CrossEntropy:
     """Weighted sums of -log p(target), p = softmax(x · head), without the logits of more than `chunk` positions a shard.
 
     With a `softcap` c the logits are c·tanh(x · head / c). `vocab` is how many rows of the head are real (the others get
-    no probability), `shards` into how many parts the mesh splits rows and positions, `pin(x, *names)` lays an array out on it.
+    no probability), `shards` into how many parts the mesh splits rows and positions, `pin(x, *names)` lays an array out on it,
+    `add(x, *names)` adds up what the shards have.
     Products are in the dtype of `x`, the rest in float32.
     """
     weights_SR = jax.lax.stop_gradient(_by_shard(weights_BT.astype(jnp.float32), shards))
@@ -57,7 +66,7 @@ def linear_cross_entropy(
         head_VD,
         _by_shard(targets_BT, shards),
         weights_SR,
-        _Settings(vocab, z_loss, softcap, min(chunk, weights_SR.shape[1]), pin),
+        _Settings(vocab, z_loss, softcap, min(chunk, weights_SR.shape[1]), pin, add),
     )
     facts = [jax.lax.stop_gradient(_by_row(fact_SR, targets_BT.shape, shards)) for fact_SR in out[1:]]
     return CrossEntropy(out.loss, *facts)
@@ -169,7 +178,7 @@ def _loop(x_SRD, head_VD, targets_SR, weights_SR, settings, *, x_moves, head_mov
     facts_SR, x_grad_SRD, head_grad_SVD = carry
     nll_SR, log_z_SR, _ = facts_SR
     loss = (weights_SR * (nll_SR + settings.z_loss * log_z_SR**2)).sum()
-    head_grad_VD = head_grad_SVD.sum(axis=0).astype(head_VD.dtype) if head_moves else None
+    head_grad_VD = settings.add(head_grad_SVD, "vocab", "embed").astype(head_VD.dtype) if head_moves else None
     return CrossEntropy(loss, *facts_SR), (x_grad_SRD, head_grad_VD)
 
 

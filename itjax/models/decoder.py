@@ -12,13 +12,14 @@ import jax.numpy as jnp
 from flax import nnx
 
 from itjax.kernels import attention
-from itjax.models import attending
+from itjax.models import attending, remat
 from itjax.models.activations import gated
 from itjax.models.config import Layer, ModelConfig
 from itjax.models.layers import Draws, Norm, Options, Projection, draw
 from itjax.models.moe import Facts, Mixture
+from itjax.models.remat import named
 from itjax.models.rope import Turns, angles, turn
-from itjax.parallel import stripes
+from itjax.parallel import exchange, stripes
 from itjax.parallel.layout import pin
 
 Keys = Iterator[jax.Array]
@@ -26,11 +27,6 @@ Aux = dict[str, jax.Array]
 Attend = Callable[..., jax.Array]  # (q_BTNH, k_BTKH, v_BTKH, sinks_N) -> o_BTNH
 
 RESIDUAL = ("batch", "length", "embed")
-
-POLICIES = {
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "full": jax.checkpoint_policies.nothing_saveable,
-}
 
 
 class Cache(NamedTuple):
@@ -78,9 +74,9 @@ class Attention(nnx.Module):
         if sight.turns is not None:
             q_BTNH, k_BTKH = turn(q_BTNH, sight.turns), turn(k_BTKH, sight.turns)
         o_BTNH = sight.attend(
-            pin(q_BTNH, "batch", "length", "heads", "head_size"),
-            pin(k_BTKH, "batch", "length", "kv_heads", "head_size"),
-            pin(v_BTKH, "batch", "length", "kv_heads", "head_size"),
+            named(pin(q_BTNH, "batch", "length", "heads", "head_size"), remat.HEADS),
+            named(pin(k_BTKH, "batch", "length", "kv_heads", "head_size"), remat.HEADS),
+            named(pin(v_BTKH, "batch", "length", "kv_heads", "head_size"), remat.HEADS),
             None if self.sinks is None else self.sinks[...],
         )
         return self.o(pin(o_BTNH, "batch", "length", "heads", "head_size"), draws)
@@ -103,8 +99,8 @@ class Mlp(nnx.Module):
         self.down = part("down", (F, D), ("ffn", "embed"), _gain(config))
 
     def __call__(self, x_BTD: jax.Array, draws: Draws, facts: Facts | None) -> tuple[jax.Array, Aux]:
-        gate_BTF = pin(self.gate(x_BTD, draws), "batch", "length", "ffn")
-        up_BTF = pin(self.up(x_BTD, draws), "batch", "length", "ffn")
+        gate_BTF = named(pin(self.gate(x_BTD, draws), "batch", "length", "ffn"), remat.HIDDEN)
+        up_BTF = named(pin(self.up(x_BTD, draws), "batch", "length", "ffn"), remat.HIDDEN)
         return self.down(gated(gate_BTF, up_BTF, self.activation), draws), {}
 
 
@@ -120,8 +116,9 @@ class Block(nnx.Module):
         self.mlp_post_norm = _norm(config) if after else None
 
     def __call__(self, x_BTD: jax.Array, sight: Sight, draws: Draws, facts: Facts | None) -> tuple[jax.Array, Aux]:
+        x_BTD = named(x_BTD, remat.INPUT)
         y_BTD = self.attn(_normed(self.attn_norm, x_BTD), sight, draws)
-        x_BTD = pin(x_BTD + _normed(self.attn_post_norm, y_BTD), *RESIDUAL)
+        x_BTD = named(pin(x_BTD + _normed(self.attn_post_norm, y_BTD), *RESIDUAL), remat.BETWEEN)
         y_BTD, aux = self.mlp(_normed(self.mlp_norm, x_BTD), draws, facts)
         return pin(x_BTD + _normed(self.mlp_post_norm, y_BTD), *RESIDUAL), aux
 
@@ -195,7 +192,7 @@ class Decoder(nnx.Module):
             draws = Draws(None if key is None else jax.random.fold_in(key, number))
             return block(x_BTD, sight(kind), draws, facts)
 
-        x_BTD, aux = self._through(layer, self._embed(tokens_BT), remat=self.remat)
+        x_BTD, aux = self._through(layer, self._embed(tokens_BT), policy=self.remat)
         return stripes.natural(self.final_norm(x_BTD)), aux
 
     def step(self, cache: Cache, tokens_BT: jax.Array) -> tuple[jax.Array, Cache]:
@@ -227,7 +224,7 @@ class Decoder(nnx.Module):
             return (x_BTD, k_LBKSH, v_LBKSH), {}
 
         start = (self._embed(tokens_BT), cache.k_LBKSH, cache.v_LBKSH)
-        (x_BTD, k_LBKSH, v_LBKSH), _ = self._through(layer, start, remat="none")
+        (x_BTD, k_LBKSH, v_LBKSH), _ = self._through(layer, start, policy="none")
         return self.final_norm(x_BTD), Cache(k_LBKSH, v_LBKSH, cache.filled + T, cache.start_B)
 
     def unembed(self, x_D: jax.Array) -> jax.Array:
@@ -241,7 +238,7 @@ class Decoder(nnx.Module):
     def head_VD(self) -> jax.Array:
         return (self.embed if self.head is None else self.head).kernel[...]
 
-    def _through(self, layer: Callable[..., tuple[Any, Aux]], carry: Any, *, remat: str) -> tuple[Any, Aux]:
+    def _through(self, layer: Callable[..., tuple[Any, Aux]], carry: Any, *, policy: str) -> tuple[Any, Aux]:
         """The carry behind all layers, and what each gave beside it, stacked.
 
         Layers differ in nothing but their `Layer`, so a scan goes from one period of the pattern to the next. Layers
@@ -259,9 +256,7 @@ class Decoder(nnx.Module):
                 def one(carry: Any, block: Block, number: jax.Array, kind: Layer = kind) -> tuple[Any, Aux]:
                     return layer(kind, carry, block, number)
 
-                if remat != "none":
-                    one = jax.checkpoint(one, policy=POLICIES[remat], prevent_cse=prevent_cse)
-                carry, aux = one(carry, block, number)
+                carry, aux = remat.layer(one, policy, prevent_cse=prevent_cse)(carry, block, number)
                 gave.append(aux)
             return carry, jax.tree.map(lambda *leaves: jnp.stack(leaves), *gave)
 
@@ -282,8 +277,8 @@ class Decoder(nnx.Module):
         return carry, aux
 
     def _embed(self, tokens_BT: jax.Array) -> jax.Array:
-        table_VD = pin(self.embed.kernel[...].astype(self.dtype), "vocab", None)  # whole over D, as rows are read
-        return pin(jnp.take(table_VD, tokens_BT, axis=0) * self.config.embed_scale, *RESIDUAL)
+        x_BTD = exchange.look_up(self.embed.kernel[...], tokens_BT, dtype=self.dtype)
+        return pin(x_BTD * self.config.embed_scale, *RESIDUAL)
 
     def _turns(self, positions_BT: jax.Array, *, length: int) -> dict[str, Turns | None]:
         ropes = {"global": self.config.rope, "local": self.config.local_rope}
@@ -325,7 +320,7 @@ def _write(
 
 
 def _norm(config: ModelConfig) -> Norm:
-    return Norm((config.dim,), ("embed",), eps=config.norm_eps, offset=config.norm_offset)
+    return Norm((config.dim,), ("norm",), eps=config.norm_eps, offset=config.norm_offset)
 
 
 def _head_norm(config: ModelConfig, heads: int, axis: str) -> Norm | None:

@@ -10,7 +10,7 @@ from itjax.base.schema import Loss
 from itjax.kernels.cross_entropy import linear_cross_entropy
 from itjax.models.model import Model, Params, join
 from itjax.objectives.sums import LossSums
-from itjax.parallel import layout
+from itjax.parallel import exchange, layout
 
 LossFn = Callable[..., LossSums]  # (params, frozen, batch, key=None); without a key nothing is drawn
 
@@ -38,6 +38,7 @@ def sft(model: Model, *, loss: Loss, num_sources: int = 0) -> LossFn:
             chunk=loss.chunk,
             shards=(layout.ways("batch", batch.tokens_BT.shape[0]), layout.ways("length", batch.tokens_BT.shape[1])),
             pin=layout.pin,
+            add=exchange.added,
         )
         weights_BT = batch.weights_BT.astype(jnp.float32)
         nll_BT = weights_BT * entropy.nll_BT

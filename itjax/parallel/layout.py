@@ -23,6 +23,7 @@ RULES: Rules = {
     "slots": (),  # of a cache
     "layers": (),
     "embed": ("fsdp", "expert", "context"),
+    "norm": (),  # of so few numbers that to gather them would take longer than to have them
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
     "head_size": (),
