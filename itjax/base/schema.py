@@ -24,7 +24,7 @@ EXHAUSTED = ("repeat", "stop", "drop")
 SCHEDULES = ("constant", "linear", "cosine", "wsd", "inverse_sqrt")
 OPTIMIZERS = ("adamw", "adafactor", "lion", "muon", "schedule_free_adamw")
 MOMENTS = ("float32", "bfloat16", "int8")
-REMAT = ("none", "dots", "full")
+REMAT = ("none", "dots", "narrow", "attention", "full", "offload")
 BASES = ("auto", "float32", "bfloat16", "int8", "nf4")
 
 
@@ -279,7 +279,7 @@ class Run:
         "auto", choices=("auto", "float32", "bfloat16")
     )  # of activations; auto: bfloat16 except on CPU
     attention: str = "auto"
-    remat: str = bounded("none", choices=REMAT)
+    remat: str = bounded("none", choices=REMAT)  # what layers keep for the backward pass: models/remat.py
 
     loss: Loss = field(default_factory=Loss)
     optimizer: Optimizer = field(default_factory=Optimizer)

@@ -8,11 +8,13 @@ import math
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from itjax.kernels.case import HIDDEN, Case, Scores, Segments, Stripes, sees_BQT
 
 BLOCK = 64  # fewest queries in a block: 64 to 128 is fastest on CPUs
 MOST_BLOCKS = 16  # longer rows get longer blocks, so that programs stay small
+NAME = "attended"  # of what heads read, for policies of rematerialisation
 
 
 def refuses(case: Case) -> str:
@@ -66,7 +68,8 @@ def reference(
         sinks_BNQ1 = jnp.broadcast_to(sinks_N.astype(jnp.float32)[None, :, None, None], (B, N, Q, 1))
         scores_BNQT = jnp.concatenate([scores_BNQT, sinks_BNQ1], axis=-1)
     probabilities_BNQT = jax.nn.softmax(scores_BNQT, axis=-1)[..., :T]
-    return jnp.einsum("BNQT,BTNH->BQNH", probabilities_BNQT, v_BTNH).astype(v_BTKH.dtype)
+    o_BQNH = jnp.einsum("BNQT,BTNH->BQNH", probabilities_BNQT, v_BTNH).astype(v_BTKH.dtype)
+    return checkpoint_name(o_BQNH, NAME)
 
 
 def blockwise(
@@ -99,7 +102,7 @@ def blockwise(
         sees_BQS = sees_BQT(here, places_Q[start:stop], first=first, window=scores.window)
         q_part, k_part, v_part = q_BKGQH[:, :, :, start:stop], k_BKTH[:, :, first:last], v_BKTH[:, :, first:last]
         parts.append(_read(q_part, k_part, v_part, sees_BQS, scores, sinks_N))
-    return _to_positions(jnp.concatenate(parts, axis=3))
+    return checkpoint_name(_to_positions(jnp.concatenate(parts, axis=3)), NAME)
 
 
 def _reach(start: int, stop: int, stripes: Stripes, window: int) -> tuple[int, int]:

@@ -14,11 +14,12 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 
 from itjax.base import tree
-from itjax.models import dispatch, lora, quantize
+from itjax.models import dispatch, lora, quantize, remat
 from itjax.models.activations import gated
 from itjax.models.config import Experts, ModelConfig
 from itjax.models.dispatch import Groups, Routes
 from itjax.models.layers import Draws, Options, Quantized, draw, draw_a, drop, kept
+from itjax.models.remat import named
 from itjax.parallel import layout
 from itjax.parallel.layout import pin
 
@@ -163,8 +164,9 @@ class Mixture(nnx.Module):
             own = Draws(None if key is None else ways.own(key))
 
             def feed_forward(x_MD: jax.Array, groups: Groups) -> jax.Array:
-                hidden_MF = gated(gate(x_MD, groups, own), up(x_MD, groups, own), self.activation)
-                return down(hidden_MF, groups, own, parts=ways.parts)
+                gate_MF, up_MF = (named(part(x_MD, groups, own), remat.HIDDEN) for part in (gate, up))
+                y_MD = down(gated(gate_MF, up_MF, self.activation), groups, own, parts=ways.parts)
+                return named(y_MD, remat.ANSWERED)
 
             return dispatch.answers(
                 x_BTD, routes, feed_forward, ways, number=self.experts.number, capacity=capacity
