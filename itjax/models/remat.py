@@ -15,7 +15,7 @@ A kernel with a backward pass of its own names what it leaves for that (what hea
 they divided by); one in plain XLA is computed again for its gradient whatever is kept.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
