@@ -306,8 +306,8 @@ def _iota(text: str) -> np.ndarray:
 
 def _along(mesh: str, devices: str | None, axes: str) -> list[list[int]]:
     sizes = {name: int(size) for name, size in (part.rsplit("=", 1) for part in mesh.split(","))}
-    if devices and "<=" in devices:
-        numbers = _iota(devices[devices.index("<=") :]).reshape(-1)
+    if devices and "[" in devices:  # [4,2]T(1,0)
+        numbers = _iota("<=" + devices[devices.index("[") :]).reshape(-1)
     else:
         numbers = (
             np.array([int(one) for one in re.findall(r"\d+", devices)])
