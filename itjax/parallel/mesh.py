@@ -42,7 +42,8 @@ def mesh_for(parallel: Parallel, devices: Sequence[jax.Device] | None = None) ->
     shape, kinds = tuple(wanted.values()), (AxisType.Auto,) * len(AXES)
     if devices[0].platform == "cpu":
         return Mesh(np.array(devices).reshape(shape), AXES, axis_types=kinds)
-    count, splits = len(set(islands(devices))), {"allow_split_physical_axes": True}  # an axis of 4 on a torus of 8 x 8 x 8
+    splits = {"allow_split_physical_axes": True}  # an axis of 4 on a torus of 8 x 8 x 8
+    count = len(set(islands(devices)))
     if count == 1:
         array = mesh_utils.create_device_mesh(shape, devices, **splits)
     else:
