@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from itjax.kernels.case import Case, Scores, Segments, Stripes
 
@@ -31,6 +32,7 @@ try:
 except ImportError:  # it is not public, so a jax to come may be without it
     lower = None
 
+NAME = "attended"  # of what the forward pass leaves for the backward pass: a policy that keeps it does not run it again
 POSITIONS_PER_SLOT = 64  # rows of documents half as long as usual still take one round
 MOST_SLOTS = 128  # sums of exponents take 4·M·N bytes a position while a layer is worked on
 OFFSETS = 2**31  # numbers that offsets, which are int32, tell apart
@@ -183,7 +185,8 @@ def table(numbers_BT: jax.Array, real_BT: jax.Array, first: jax.Array | int) -> 
 class Kept(NamedTuple):
     """What a round keeps for its way back."""
 
-    pull: Callable[[jax.Array], tuple[jax.Array, ...]]
+    pull: Callable[[jax.Array], tuple[jax.Array, ...]]  # a tree, whose leaves are arrays
+    o_BTNH: jax.Array  # one of them
     mine_BT: jax.Array  # positions that its slots have
 
 
@@ -201,7 +204,20 @@ def _forward(
     def further(number: jax.Array, o_BTNH: jax.Array) -> jax.Array:
         return o_BTNH + _round(scores, number, qkv, segments_BT)[0]
 
-    return _further_rounds(further, o_BTNH, segments_BT), (kept, qkv, segments_BT)
+    o_BTNH = checkpoint_name(_further_rounds(further, o_BTNH, segments_BT), NAME)
+    return o_BTNH, (_named(kept, o_BTNH, qkv), qkv, segments_BT)
+
+
+def _named(kept: Kept, o_BTNH: jax.Array, qkv: tuple[jax.Array, ...]) -> Kept:
+    """Names for policies of rematerialisation; and what all rounds have read in place of what one has, to keep it once."""
+
+    def one(leaf: jax.Array) -> jax.Array:
+        if leaf is kept.o_BTNH:
+            return o_BTNH
+        given = any(leaf is x for x in qkv) or not jnp.issubdtype(leaf.dtype, jnp.inexact)
+        return leaf if given else checkpoint_name(leaf, NAME)
+
+    return Kept(jax.tree.map(one, kept.pull), o_BTNH, kept.mine_BT)
 
 
 def _backward(scores: Scores, kept: Any, do_BTNH: jax.Array) -> tuple[Any, ...]:
@@ -238,7 +254,7 @@ def _round(
     lengths_BM, offsets_BM = table(numbers_BT, real_BT, number * M)
     o_BTNH, pull = jax.vjp(lambda q, k, v: packed(q, k, v, lengths_BM, offsets_BM, scores), *qkv)
     mine_BT = real_BT & (numbers_BT // M == number)
-    return _only(mine_BT, o_BTNH), Kept(pull, mine_BT)
+    return _only(mine_BT, o_BTNH), Kept(pull, o_BTNH, mine_BT)
 
 
 def _led_back(kept: Kept, do_BTNH: jax.Array) -> tuple[jax.Array, ...]:

@@ -20,10 +20,12 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from itjax.kernels import cudnn
 from itjax.kernels.case import Case, Scores, Segments, Stripes
 
+NAME = "attended"  # of what heads read, for policies of rematerialisation
 SHORTEST = 128  # positions: rows of fewer are no quicker
 SHARES = 4  # rounds that a batch takes if all its segments are of one kind
 
@@ -77,9 +79,8 @@ def attend(
     assert sinks_N is None, "refused"
     assert not scores.softcap, "refused"
     assert stripes.parts == 1, "refused"
-    return _read(
-        Reading(scores, "cudnn" if platform == "gpu" else "xla"), q_BTNH, k_BTKH, v_BTKH, segments.queries_BQ
-    )  # fmt: skip
+    reading = Reading(scores, "cudnn" if platform == "gpu" else "xla")
+    return checkpoint_name(_read(reading, q_BTNH, k_BTKH, v_BTKH, segments.queries_BQ), NAME)
 
 
 def kinds(length: int) -> list[Kind]:

@@ -4,6 +4,7 @@ The stand-in reads flat memory as cuDNN does, from the arguments as jax's own co
 cuDNN leaves memory unwritten.
 """
 
+import functools
 import json
 import os
 import re
@@ -156,10 +157,9 @@ def calls(*, heads, kv_heads, window=0, length=256):
 def test_the_program_calls_the_packed_causal_kernel(kv_heads):
     stored = kv_heads if cudnn.GROUPS_HEADS else 4
     found = calls(heads=4, kv_heads=kv_heads)
-    assert [name for name, *_ in found] == [
-        "__cudnn$fmhaSoftmax",
-        "__cudnn$fmhaSoftmaxBackward",
-    ] * 2  # the second in a loop
+    forward, backward = "__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward"
+    further = [forward, backward]  # rounds, in a loop
+    assert [name for name, *_ in found] == [forward, forward, backward, *further]
     for _, operands, settings in found:
         assert operands[:3] == ["2x256x4x64xbf16", f"2x256x{stored}x64xbf16", f"2x256x{stored}x64xbf16"]
         assert operands[-4:] == ["2x4xi32", "2x4xi32", "2x5xi32", "2x5xi32"]  # lengths and offsets, of 256 / 64 slots
@@ -171,6 +171,37 @@ def test_the_program_calls_the_packed_causal_kernel(kv_heads):
 def test_the_window_of_the_program_counts_the_position_itself():
     """As here: jax says "(pos - sliding_window_length, pos]", which for 3 is a position and the two before it."""
     assert {settings["sliding_window_length"] for *_, settings in calls(heads=4, kv_heads=4, window=3)} == {3}
+
+
+def kept_by_layers(policy):
+    """Shapes of what six layers keep, and how often the program calls the forward kernel."""
+
+    @functools.partial(jax.checkpoint, policy=policy, prevent_cse=False)
+    def layer(x_BTD, w_DNH, segments):
+        q = jnp.einsum("BTD,DNH->BTNH", x_BTD, w_DNH)
+        o = reads("cudnn", SCORES)(q, 2 * q, 3 * q, segments)
+        return x_BTD + jnp.einsum("BTNH,DNH->BTD", o, w_DNH)
+
+    def total(w_LDNH, x_BTD, segments):
+        y_BTD, _ = jax.lax.scan(lambda x, w: (layer(x, w, segments), None), x_BTD, w_LDNH)
+        return y_BTD.astype(jnp.float32).sum()
+
+    shapes = [(6, 32, 4, 64), (2, 256, 32)]
+    with cudnn.absent():
+        arguments = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes]
+        program = jax.jit(jax.grad(total)).trace(*arguments, jax.ShapeDtypeStruct((2, 256), jnp.int32))
+        text = program.lower(lowering_platforms=("cuda",)).as_text()
+    forward = next(equation for equation in program.jaxpr.eqns if equation.primitive.name == "scan")
+    kept = [variable.aval.shape for variable in forward.outvars if variable.aval.shape[0] == 6]
+    return sorted(kept), text.count("@__cudnn$fmhaSoftmax(")
+
+
+def test_what_heads_read_is_kept_once_and_not_read_again_where_a_policy_names_it():
+    x, o, sums = (6, 2, 256, 32), (6, 2, 256, 4, 64), (6, 2 * 4, 4, 256)
+    everything, calls = kept_by_layers(jax.checkpoint_policies.everything_saveable)
+    assert {o: everything.count(o), sums: everything.count(sums)} == {o: 4, sums: 1}  # queries, keys, values and o
+    assert kept_by_layers(jax.checkpoint_policies.save_only_these_names("attended")) == (sorted([x, o, sums]), calls)
+    assert kept_by_layers(jax.checkpoint_policies.nothing_saveable) == ([x], calls + 2)  # a round, and one in a loop
 
 
 ON_A_MESH = """
