@@ -34,13 +34,12 @@ def command(argv: Sequence[str]) -> int:
     overrides = [shlex.quote(argument) for argument in argv if argument.startswith("--config.")]
     from itjax.parallel import cluster  # imports jax: after --help and mistakes in the config, which answer at once
 
-    with cluster.joined(cli.explain):
-        train(run, config=" ".join([freeze.config_file(argv), *overrides]))
-    return 0
+    config = " ".join([freeze.config_file(argv), *overrides])
+    return cluster.together(lambda: train(run, config=config), explain=cli.explain)
 
 
 def train(run: Run, *, config: str) -> None:
-    """The whole run, inside `cluster.joined`: data, model, training, evaluation, report.
+    """The whole run, inside `cluster.together`: data, model, training, evaluation, report.
 
     `config` is the file with its overrides, as the commands to try next name them.
     """

@@ -353,12 +353,11 @@ def command(argv: Sequence[str]) -> int:
     values = flags.FlagValues()
     flags.DEFINE_string("json", None, "write the checks there", flag_values=values)
     run = freeze.load(argv, values)
-    with cluster.joined(cli.explain):
-        return proven(run, values.json)
+    return cluster.together(lambda: proven(run, values.json), explain=cli.explain)
 
 
 def proven(run: Run, json_file: str | None) -> int:
-    """The whole command, inside `cluster.joined`: prints the checks, writes them where asked to, returns the exit code."""
+    """The whole command, inside `cluster.together`: prints the checks, writes them where asked to, returns the exit code."""
     cluster.agree(alike.settings(run), seconds=alike.SETTINGS_WAIT)
     console = Console(quiet=not cluster.writes())
     parts.check_model(run)

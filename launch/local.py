@@ -95,17 +95,16 @@ def environment(address: str, count: int, number: int, *, devices: int) -> dict[
 def wait(children: Sequence[subprocess.Popen]) -> int:
     """The exit code of the first child that fails, else 0, when all have ended."""
     code, failed_at, sent = 0, 0.0, [signal.SIGTERM, signal.SIGKILL]
-    while any(child.poll() is None for child in children):
-        codes = [child.returncode for child in children if child.returncode]
-        if codes and not code:
-            code, failed_at = codes[0], time.monotonic()
+    while None in (codes := [child.poll() for child in children]):
+        if not code and any(codes):
+            code, failed_at = next(filter(None, codes)), time.monotonic()
         if code and sent and time.monotonic() - failed_at > GRACE:
             failed_at, number = time.monotonic(), sent.pop(0)
             for child in children:
                 if child.poll() is None:
                     child.send_signal(number)
         time.sleep(0.05)
-    code = code or next((child.returncode for child in children if child.returncode), 0)
+    code = code or next(filter(None, codes), 0)
     return code if code >= 0 else 128 - code
 
 

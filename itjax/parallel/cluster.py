@@ -30,7 +30,7 @@ PORT = "8476"  # of the coordinator where the environment names none
 PATIENCE = {
     "ITJAX_JOIN_SECONDS": 120,  # until all processes have found each other
     "ITJAX_HEARTBEAT_SECONDS": 15,  # without a sign of life, then a process counts as lost
-    "ITJAX_LEAVE_SECONDS": 300,  # at the end, while the first process still writes the report
+    "ITJAX_LEAVE_SECONDS": 600,  # at the end, while the first process still writes the report
     "ITJAX_STUCK_SECONDS": 600,  # in one collective between CPUs
 }
 
@@ -171,6 +171,7 @@ def start() -> None:
         os.environ["XLA_FLAGS"] = f"{flags} --{flag}={seconds['ITJAX_STUCK_SECONDS']}".strip()
     # JAX's own service for preemption takes SIGTERM and lets the process run on; see `parallel/stopping.py`.
     jax.config.update("jax_enable_preemption_service", False)
+    jax.config.update("jax_enable_recoverability", True)  # a process that is lost is ours to tell of, see `_End.miss`
     with _in_time(found, seconds["ITJAX_JOIN_SECONDS"]):
         jax.distributed.initialize(
             found.coordinator,
@@ -246,91 +247,113 @@ def _bound(found: Place, environment: Mapping[str, str]) -> str | None:
     return None if is_hidden else f"[{address[0]}]:{port}" if family == socket.AF_INET6 else f"{address[0]}:{port}"
 
 
-@contextlib.contextmanager
-def joined(explain: Callable[[Exception], int]) -> Iterator[None]:
-    """A whole command: joins the cluster, and where something is raised, ends this process without waiting for the others.
+def together(command: Callable[[], int | None], *, explain: Callable[[Exception], int]) -> int:
+    """Runs a whole command as one process of the cluster; the exit code where it is alone, else it ends here.
 
-    `explain` prints what was raised and returns the exit code. When another process ends so, this one does, too. A process
-    that is alone raises as ever.
+    Where something is raised, `explain` prints it and says the exit code, and the process ends without waiting for the
+    others; when another one ends so or is lost, this one does, too. A process that is alone raises as ever.
     """
     start()
     service = _service()
     if service is None:
-        yield
-        return
+        return command() or 0
+    end = _End(explain)
+    for watch in (end.follow, end.miss):
+        threading.Thread(target=watch, name=f"itjax: {watch.__name__}", daemon=True).start()
     try:
-        with looking(lambda: _follow(service, explain)):
-            yield
+        code = command() or 0
+        service.wait_at_barrier("itjax: all are done", 1000 * _patience(os.environ, "ITJAX_LEAVE_SECONDS"))
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        code = 130
     except Exception as error:
-        _leave(service, error, explain)
+        end.raised(error)
+    end.exit(code)
 
 
-def _follow(service: Any, explain: Callable[[Exception], int]) -> bool:
-    """Ends this process if another one has ended with an error."""
-    for key, code in service.key_value_dir_get(LEFT):
-        other = int(key.rpartition("/")[2])
-        if other == distributed.global_state.process_id:
-            return False  # we are ending ourselves
-        if code != "143":  # those that stop have all saved the same step, each at its own speed
-            _say_left(service, code)
-            lost = explain(Lost(f"process {other} has ended with exit code {code}; see there"))
-            _exit(int(code) if code in ("2", "5") else lost)
-    return True
-
-
-def _leave(service: Any, error: Exception, explain: Callable[[Exception], int]) -> NoReturn:
-    """The end of a process that failed or was stopped: at once, for the ordinary exit waits for processes that never come.
+class _End:
+    """How one process of several ends: always at once, for the interpreter's own exit waits for processes that never come.
 
     The first process is the last to go, because the service that all depend on goes with it.
     """
-    number, count = distributed.global_state.process_id, distributed.global_state.num_processes
-    if not _of_others(error):
-        code = explain(error)
-        _say_left(service, str(code))
-        if number == 0:
-            _silent(service, count)
-        _exit(code)
-    _say_left(service, str(PEER_LOST))
-    silent = _silent(service, count) if number == 0 else []
-    who = f"no word from {_processes(silent)}" if silent else "process 0 says which"
-    code = explain(
-        Lost(
-            f"process {number} of {count}: another one was lost or is stuck, {who} ({_first_line(error)}). "
-            "The same command, for all processes, goes on from the last checkpoint"
-        )
-    )
-    _exit(code)
 
+    def __init__(self, explain: Callable[[Exception], int]):
+        self._explain, self._service = explain, _service()
+        self._number, self._count = distributed.global_state.process_id, distributed.global_state.num_processes
+        self._patience = _patience(os.environ, "ITJAX_HEARTBEAT_SECONDS")
+        self._alive = set(range(self._count))
+        self._ends = threading.Lock()  # one thread ends the process, and never gives it back
 
-def _say_left(service: Any, code: str) -> None:
-    with contextlib.suppress(jax.errors.JaxRuntimeError):  # the service is gone, and with it those who would hear
-        service.key_value_set(f"{LEFT}/{distributed.global_state.process_id}", code, allow_overwrite=True)
+    def raised(self, error: Exception) -> NoReturn:
+        """The end of a process that failed, or was stopped."""
+        if _of_others(error):
+            time.sleep(self._patience)  # meanwhile `miss` finds out which one it is that is gone
+            error = Lost(
+                f"process {self._number} of {self._count}: another process is stuck ({_first_line(error)}). See the messages "
+                "of all; the same command, for all processes, goes on from the last checkpoint"
+            )
+        self._ends.acquire()
+        self.exit(self._explain(error))
 
+    def follow(self) -> None:
+        """Ends this process soon after another one has ended with an error."""
+        while True:
+            time.sleep(PERIOD)
+            for key, code in self._said():
+                other = int(key.rpartition("/")[2])
+                # Those that stop have all saved the same step, and those that are done are done.
+                if other != self._number and code not in ("0", "143"):
+                    self._ends.acquire()
+                    lost = self._explain(Lost(f"process {other} has ended with exit code {code}; see there"))
+                    self.exit(int(code) if code in ("2", "5") else lost)
 
-def _exit(code: int) -> NoReturn:
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+    def miss(self) -> None:
+        """Ends this process when another one has given no sign of life for as long as patience lasts.
+
+        The service counts heartbeats and answers when all that live have asked; a thread of Python may be late for that.
+        """
+        while True:
+            time.sleep(PERIOD)
+            try:
+                self._alive = set(self._service.get_live_nodes(list(range(self._count))))
+            except jax.errors.JaxRuntimeError:
+                return  # the service ends, and with it this process
+            gone = sorted(
+                set(range(self._count)) - self._alive - {int(key.rpartition("/")[2]) for key, _ in self._said()}
+            )
+            if gone:
+                self._ends.acquire()
+                message = (
+                    f"process {self._number} of {self._count}: no sign of life from {_processes(gone)} for {self._patience} s. "
+                    "The same command, for all processes, goes on from the last checkpoint"
+                )
+                self.exit(self._explain(Lost(message)))
+
+    def _said(self) -> list[tuple[str, str]]:
+        try:
+            return self._service.key_value_dir_get(LEFT)
+        except jax.errors.JaxRuntimeError:
+            return []
+
+    def exit(self, code: int) -> NoReturn:
+        """Says so, and goes; the first process waits for the others to say so."""
+        with contextlib.suppress(jax.errors.JaxRuntimeError):  # the service is gone, and with it those who would hear
+            self._service.key_value_set(f"{LEFT}/{self._number}", str(code), allow_overwrite=True)
+        until = time.monotonic() + LAST_WORDS
+        while self._number == 0 and len(self._said()) < len(self._alive) and time.monotonic() < until:
+            time.sleep(0.05)
+        if self._number == 0:
+            time.sleep(0.2)  # those who have just said so are gone by then
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
 
 def _of_others(error: Exception) -> bool:
     """Whether it was raised because another process is gone: what transports and the coordination service say then."""
-    words = r"Gloo|Connection (reset|closed|refused)|Socket closed|UNAVAILABLE|DEADLINE_EXCEEDED|[Hh]eartbeat|NCCL"
+    words = r"Gloo|Connection (reset|closed|refused)|Socket closed|UNAVAILABLE|DEADLINE_EXCEEDED|[Hh]eartbeat|[Bb]arrier|NCCL"
     raised = isinstance(error, (jax.errors.JaxRuntimeError, ValueError, TimeoutError))
     return raised and not isinstance(error, Disagreement) and re.search(words, str(error)) is not None
-
-
-def _silent(service: Any, count: int) -> list[int]:
-    """Which processes do not say within LAST_WORDS seconds that they end, too."""
-    until = time.monotonic() + LAST_WORDS
-    silent = []
-    for other in range(1, count):
-        try:
-            service.blocking_key_value_get(f"{LEFT}/{other}", max(1, round(1000 * (until - time.monotonic()))))
-        except jax.errors.JaxRuntimeError:
-            silent.append(other)
-    time.sleep(0.2)  # they have said so, and are gone in a moment
-    return silent
 
 
 def _processes(numbers: list[int]) -> str:

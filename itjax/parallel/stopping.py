@@ -22,10 +22,10 @@ ASKED, AT = "itjax: asked to stop", "itjax: at step"
 class Stop:
     """Whether to stop after a step. JAX has such an agreement, too, but its handler takes every SIGTERM for itself."""
 
-    def __init__(self, service: Any):
-        self._service, self._number, self._count = service, distributed.global_state.process_id, jax.process_count()
+    def __init__(self, service: Any, *, number: int, count: int, start: int):
+        self._service, self._number, self._count = service, number, count
         self._is_asked, self._has_answered, self._is_over = False, False, False
-        self._step = 0
+        self._step = start
         self._last: int | None = None  # the step that all stop after, once it is agreed
         self._holds = threading.Lock()  # while it is found, no step begins
 
@@ -78,15 +78,15 @@ class Stop:
 @contextlib.contextmanager
 def on_sigterm(start: int) -> Iterator[Stop]:
     """Within, SIGTERM asks this process, and with it all others, to stop; `start` is the step that training goes on from."""
-    stop = Stop(distributed.global_state.client)
-    stop.after(start)
+    state = distributed.global_state
+    stop = Stop(state.client, number=state.process_id, count=state.num_processes, start=start)
     try:
         before = signal.signal(signal.SIGTERM, stop.ask)
     except ValueError:  # not the main thread: nobody sends us signals there
         yield stop
         return
     try:
-        with contextlib.nullcontext() if distributed.global_state.client is None else cluster.looking(stop.look):
+        with contextlib.nullcontext() if state.client is None else cluster.looking(stop.look):
             try:
                 yield stop
             finally:
