@@ -4,7 +4,6 @@ B rows, T positions, A micro-batches, E experts.
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -92,15 +91,13 @@ def make_train_step(
         objective, grad_norm, rate = sums.loss * per_weight, optax.tree.norm(grads), learning_rate(state.step)
         is_sound = has_weight & jnp.isfinite(objective) & jnp.isfinite(grad_norm)
 
-        def update() -> tuple[Params, Any, Params]:
-            directions, opt_state = extended.update(grads, state.opt_state, state.params, learning_rate=rate)
-            params = jax.tree.map(lambda p, d: p - (rate * d).astype(p.dtype), state.params, directions)
-            return params, opt_state, averaged(state.average, params, decay=average)
-
-        def stay() -> tuple[Params, Any, Params]:
-            return state.params, state.opt_state, state.average
-
-        params, opt_state, mean = jax.lax.cond(is_sound, update, stay)
+        directions, opt_state = extended.update(grads, state.opt_state, state.params, learning_rate=rate)
+        params = jax.tree.map(lambda p, d: p - (rate * d).astype(p.dtype), state.params, directions)
+        moved = params, opt_state, averaged(state.average, params, decay=average)
+        # Chosen number by number, which is done in place: of two branches XLA would keep the results beside the state.
+        params, opt_state, mean = jax.tree.map(
+            lambda new, old: jnp.where(is_sound, new, old), moved, (state.params, state.opt_state, state.average)
+        )
         means = readings(sums.aux, per_weight)
         metrics = {
             **means,
