@@ -20,6 +20,7 @@ from itjax.base.schema import Run
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from itjax.parallel.topology import Target
     from itjax.planning.made import Plan
 
 DOES_NOT_FIT = 3
@@ -55,13 +56,20 @@ def command(argv: Sequence[str]) -> int:
 
     topology.prepare(values.devices)  # before jax looks for devices of its own
     from itjax.planning import page
+    from itjax.planning.made import refused
 
     console, notes = Console(highlight=False), Console(stderr=True, highlight=False)
-    plan = made(run, values, notes)
-    page.show(plan, console)
+    target = topology.target(values.devices)
+    if reasons := untrained(run):
+        console.print(f"No: {'; '.join(reasons)}", style="bold red", soft_wrap=True)
+        found, fits = refused(target, reasons), False
+    else:
+        plan = made(run, target, values, notes)
+        page.show(plan, console)
+        found, fits = plan.as_json(), plan.fits
     if values.json:
-        write_whole(Path(values.json), json.dumps(plan.as_json(), indent=2) + "\n")
-    return 0 if plan.fits else DOES_NOT_FIT
+        write_whole(Path(values.json), json.dumps(found, indent=2) + "\n")
+    return 0 if fits else DOES_NOT_FIT
 
 
 def _flags() -> flags.FlagValues:
@@ -76,27 +84,31 @@ def _flags() -> flags.FlagValues:
     return values
 
 
-def made(run: Run, values: flags.FlagValues, notes: "Console") -> "Plan":
-    """The plan of a run for the devices that the flags name. Raises ValueError for what a user can mend."""
-    import jax
-
+def untrained(run: Run) -> list[str]:
+    """Why nothing of the run's model would be trained; empty where something is."""
     from itjax import parts
-    from itjax.parallel import topology
+    from itjax.planning import refusals
+
+    folder = parts.model_folder(run)
+    config = parts.model_config(run, folder.config.vocab if folder else 1, folder)
+    return list(refusals.untrained(parts.with_adapter(run, config), config))
+
+
+def made(run: Run, target: "Target", values: flags.FlagValues, notes: "Console") -> "Plan":
+    """The plan of a run for devices. Raises ValueError for what a user can mend."""
+    from itjax import parts
     from itjax.planning import making
     from itjax.planning.case import case_of
 
-    target = topology.target(values.devices)
     parts.check_model(run)
-    with jax.default_device(jax.devices("cpu")[0]):
-        data = None
-        loader = None
-        if not values.no_data and (run.files or run.sources):
-            data = parts.prepare_data(run, console=notes)
-            loader = making.whole_loader(run, data)
-        num_steps = loader.num_steps if loader else run.steps or STEPS
-        case = case_of(run, data.tokenizer.size if data else None, target, num_steps=num_steps)
-        wishes = making.Wishes(values.fit, values.advise, 60 * values.minutes, values.price)
-        return making.make(case, loader, wishes, notes)
+    data = loader = None
+    if not values.no_data and (run.files or run.sources):
+        data = parts.prepare_data(run, console=notes)
+        loader = making.whole_loader(run, data)
+    num_steps = loader.num_steps if loader else run.steps or STEPS
+    case = case_of(run, data.tokenizer.size if data else None, target, num_steps=num_steps)
+    wishes = making.Wishes(values.fit, values.advise, 60 * values.minutes, values.price)
+    return making.make(case, loader, wishes, notes)
 
 
 if __name__ == "__main__":

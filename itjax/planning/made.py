@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from itjax import __version__
+from itjax.parallel.topology import Target
 from itjax.planning.advice import Suggestion
 from itjax.planning.case import Case, Measured, versions
 from itjax.planning.memory import State
@@ -127,3 +128,21 @@ class Plan:
                 source: {name: facts[name] for name in of_source} for source, facts in self.report["sources"].items()
             },
         }
+
+
+def refused(target: Target, reasons: Sequence[str]) -> dict[str, Any]:
+    """The plan, as data, of a run that has no step to compile."""
+    return {
+        "fits": False,
+        "reasons": list(reasons),
+        "devices": len(target.devices),
+        "device_kind": target.chip.name,
+        "bytes_per_device": dict.fromkeys(("parameters", "optimizer", "arguments", "temporaries", "peak", "limit")),
+        "flops_per_step": None,
+        "model_flops_per_step": None,
+        "collective_bytes_per_step": {},
+        "warnings": [],
+        "step_seconds_at_least": None,
+        "mfu_at_most": None,
+        "data": None,
+    }

@@ -40,7 +40,7 @@ def make(case: Case, loader: Loader | None, wishes: Wishes, notes: Console) -> P
     def told(line: str) -> None:
         notes.print(line, soft_wrap=True, style="dim")
 
-    if wishes.fit and not any(refusals.untrained(case)):
+    if wishes.fit:
         return _fitted(case, loader, load, wishes, folder=folder, told=told)
     reasons, measured = refusals.refusals(case), None
     if not reasons:

@@ -4,10 +4,11 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
-import jax
-
+from itjax.base import tree
 from itjax.base.schema import Run
+from itjax.models import lora
 from itjax.models.config import ModelConfig
+from itjax.models.model import build
 from itjax.parallel.layout import RULES
 from itjax.planning.case import Case
 
@@ -23,8 +24,7 @@ class Dimension(NamedTuple):
 
 def refusals(case: Case) -> list[str]:
     """A line for each reason not to start; none when there is none."""
-    sizes = dict(case.mesh.shape)
-    return [*undivided(case.run, case.config, sizes), *untrained(case)]
+    return list(undivided(case.run, case.config, dict(case.mesh.shape)))
 
 
 def undivided(run: Run, config: ModelConfig, sizes: Mapping[str, int]) -> Iterator[str]:
@@ -96,7 +96,22 @@ def wasted(case: Case) -> Iterator[str]:
         )
 
 
-def untrained(case: Case) -> Iterator[str]:
-    """Nothing that would be trained. (That the data has no trained token is told by the data, before there is a plan.)"""
-    if not jax.tree.leaves(case.compiled.abstract.params):
-        yield "nothing is trained: no parameter moves; set config.lora.targets or config.lora.also, or config.lora.rank=0"
+def untrained(run: Run, config: ModelConfig) -> Iterator[str]:
+    """Adapters that adapt nothing. (That the data has no trained token is told by the data, before there is a plan.)"""
+    plain = linear_layers(config)
+    if run.lora.rank and not any(lora.adapts(run.lora, place) for place in plain) and not run.lora.also:
+        yield (
+            f"nothing is trained: config.lora.targets {', '.join(map(repr, run.lora.targets))} fit no linear layer; "
+            f"there are {', '.join(plain)}"
+        )
+
+
+def linear_layers(config: ModelConfig) -> list[str]:
+    """Places of what adapters can adapt: `layers/attn/q`, ..."""
+    model = build(config, dtype="float32", attention="auto", remat="none", platform="cpu")
+    ends = "/kernel"
+    return sorted(
+        path.removesuffix(ends)
+        for path in tree.flatten(model.abstract)
+        if path.startswith("layers/") and path.endswith(ends)
+    )
