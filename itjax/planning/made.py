@@ -75,6 +75,7 @@ class Plan:
             "target": case.target.name,
             "device_kind": case.target.chip.name,
             "slices": case.target.slices,
+            "tokens_per_step": self.load.tokens,
             "mesh": dict(case.mesh.shape),
             "bytes_per_device": {
                 "parameters": self.state.parameters,
