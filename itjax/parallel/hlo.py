@@ -392,8 +392,6 @@ def _meetings(
     left: int, right: int, out: int, *, pad: int, stride: int, lhs_dilate: int, rhs_dilate: int
 ) -> int:  # fmt: skip
     """How many pairs of output and kernel positions along one dimension fall on an element of the input."""
-    if left == 1 and right == 1:
-        return sum(1 for o in range(out) if o * stride == pad)
     span = (left - 1) * lhs_dilate
     return sum(
         0 <= place <= span and place % lhs_dilate == 0

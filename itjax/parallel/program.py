@@ -354,15 +354,27 @@ def warnings() -> Iterator[Said]:
             os.dup2(kept, 2)
             os.close(kept)
             file.seek(0)
-            said.text = file.read().decode(errors="replace")
+            written = file.read()
+            said.text = written.decode(errors="replace")
             said.lines = [line.strip() for line in said.text.splitlines() if any(word in line for word in TELLING)]
-            sys.stderr.write(said.text)
+            with os.fdopen(os.dup(2), "wb") as stderr:
+                stderr.write(written)
 
 
 def involuntary(text: str) -> list[str]:
-    """What XLA could only lay out anew by making it whole on every device: `[SPMD] Involuntary full rematerialization`."""
-    found = re.findall(r"Involuntary full rematerialization\.(.*)", text)
-    return [" ".join(line.split()) for line in found]
+    """The arrays that XLA makes whole on every device because it knows no other way from one layout to the next.
+
+    [SPMD] Involuntary full rematerialization. The compiler cannot go from sharding {A} to {B} efficiently for HLO operation
+    %x = f32[6,32,64]{2,1,0} copy(...), ..., metadata={op_name="jit(step)/loss"}      "f32[6,32,64] of jit(step)/loss: {A} to {B}"
+    """
+    found = []
+    for line in re.findall(r"Involuntary full rematerialization\.(.*)", text):
+        layouts = re.search(r"from sharding (.*?) to (.*?) efficiently", line)
+        array, name = re.search(r"= ([a-z]\w*\[[\d,]*\])", line), re.search(r'op_name="([^"]*)"', line)
+        if layouts and array:
+            line = f"{array[1]} of {name[1] if name else 'the step'}: {layouts[1]} to {layouts[2]}"
+        found.append(" ".join(line.split()))
+    return found
 
 
 def exceeded(error: BaseException) -> tuple[int, int] | None:
