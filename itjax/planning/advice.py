@@ -91,6 +91,8 @@ def alternatives(case: Case) -> Iterator[Mapping[str, Any]]:
         yield {"parallel__data": 1, "parallel__fsdp": sizes["fsdp"] * sizes["data"]}
     if run.optimizer.kind == "adamw":
         yield from ({"optimizer__moments": name} for name in MOMENTS if name != run.optimizer.moments)
+    if not run.optimizer.offload and case.platform != "cpu":
+        yield {"optimizer__offload": True}
     if case.dtype == "float32" and case.platform != "cpu":
         yield {"dtype": "bfloat16"}
     if run.loss.chunk > 256:

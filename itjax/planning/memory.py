@@ -17,8 +17,10 @@ from itjax.models.model import Params
 from itjax.objectives.sft import sft
 from itjax.parallel import layout
 from itjax.planning.case import Case
+from itjax.train.state import TrainState
 
 HOST = "host"
+STATES: dict[tuple[Any, ...], TrainState] = {}  # by everything that they depend on
 
 
 @dataclass(frozen=True)
@@ -41,8 +43,17 @@ class Kept:
     host: float  # in the host's memory
 
 
+def abstract_state(case: Case) -> TrainState:
+    """Shapes of the state and where they lie: the same for any number of micro-batches and any rematerialisation."""
+    run = case.run
+    key = (case.target.name, tuple(case.mesh.shape.items()), case.config, case.dtype, run.lora, repr(run.optimizer))
+    if key not in STATES:
+        STATES[key] = case.compiled.abstract
+    return STATES[key]
+
+
 def state(case: Case) -> State:
-    abstract = case.compiled.abstract
+    abstract = abstract_state(case)
     step = {
         "parameters": (abstract.params, abstract.average),
         "optimizer": abstract.opt_state,
@@ -68,7 +79,7 @@ def on_host(kind: str | None) -> bool:
 def gradients(case: Case) -> int:
     """Of the trained parameters, float32, laid out as they are; twice where micro-batches add up."""
     once = sum(
-        math.prod(leaf.sharding.shard_shape(leaf.shape)) * 4 for leaf in jax.tree.leaves(case.compiled.abstract.params)
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * 4 for leaf in jax.tree.leaves(abstract_state(case).params)
     )
     return once * (2 if case.run.accumulate > 1 else 1)
 
