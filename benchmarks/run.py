@@ -25,6 +25,7 @@ SUITES = {  # name -> modules whose results it has
     "cpu": ("cpu",),
     "data": ("data",),
     "files": ("files",),
+    "gpu": ("gpu",),
     "tokenizer": ("tokenizer",),
 }
 WIDTH = 110  # of the table
