@@ -300,6 +300,9 @@ def _policies(sources: Mapping[str, schema.Source], path: str) -> list[str]:
     return found
 
 
+OPEN = (("parallel", "flags"),)  # groups of texts under names that no schema knows
+
+
 # --- the command line -------------------------------------------------------------------------------------------------
 
 
@@ -309,6 +312,7 @@ def load(argv: Sequence[str], flag_values: flags.FlagValues, *, needs_data: bool
     `flag_values` holds the command's own flags; they are parsed too. Raises Fault for anything a user got wrong; that no
     data is named, only where the command needs some.
     """
+    argv, own = _own_names(argv)
     config_flags.DEFINE_config_file(
         "config", None, "the experiment: a Python file with get_config()", flag_values=flag_values, sys_argv=list(argv)
     )
@@ -324,7 +328,27 @@ def load(argv: Sequence[str], flag_values: flags.FlagValues, *, needs_data: bool
         raise Fault(str(error)) from error
     if rest[1:]:
         raise Fault(f"{rest[1]!r}: not a flag; settings are written --config.name=value")
-    return freeze(flag_values.config.to_dict(), needs_data=needs_data)
+    config = flag_values.config.to_dict()
+    for (group, setting), entries in own.items():
+        config[group][setting] = {**config[group][setting], **entries}
+    return freeze(config, needs_data=needs_data)
+
+
+def _own_names(argv: Sequence[str]) -> tuple[list[str], dict[tuple[str, str], dict[str, str]]]:
+    """The arguments without those that name something of the user's own in a group (OPEN), and those by their group.
+
+    ml_collections takes no override of a name that the config file does not have.
+    """
+    own: dict[tuple[str, str], dict[str, str]] = {place: {} for place in OPEN}
+    rest = []
+    for argument in argv:
+        name, equals, value = argument.lstrip("-").partition("=")
+        parts = name.removeprefix("config.").split(".", 2)
+        if name.startswith("config.") and equals and len(parts) == 3 and (parts[0], parts[1]) in own:
+            own[parts[0], parts[1]][parts[2]] = value
+        else:
+            rest.append(argument)
+    return rest, {place: entries for place, entries in own.items() if entries}
 
 
 def config_file(argv: Sequence[str]) -> str:
@@ -387,6 +411,7 @@ FREE = (
     "log/*",
     "evaluation/*",
     "parallel/*",
+    "optimizer/offload",
     "eval_files",
 )
 

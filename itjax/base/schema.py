@@ -148,6 +148,7 @@ class Optimizer:
     b2: float = bounded(0.95, at_least=0, below=1)
     eps: float = bounded(1e-8, above=0)
     moments: str = bounded("float32", choices=MOMENTS)  # how adamw keeps its two: 8, 4 or 2 bytes per parameter
+    offload: bool = False  # moments lie in the host's memory between steps, and come to the device for the update
     momentum: float = bounded(0.95, at_least=0, below=1)  # muon: of the kernels
     rest: float = bounded(
         1.0, above=0
@@ -198,6 +199,7 @@ class Parallel:
     capacity_factor: float | None = bounded(
         None, above=0
     )  # slots of an expert per row, times its even share; None: any
+    flags: Mapping[str, str] = field(default_factory=dict)  # options of XLA for the train step: parallel/flags.py
 
 
 @dataclass(frozen=True)

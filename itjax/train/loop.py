@@ -19,7 +19,7 @@ from itjax.data.loader import Loader
 from itjax.models import lora
 from itjax.models.model import Model, Params, join
 from itjax.objectives.sft import sft
-from itjax.parallel import cluster, layout, stopping
+from itjax.parallel import cluster, flags, layout, memory, stopping
 from itjax.train import checkpoint, optimizer
 from itjax.train.checkpoint import Checkpoints, steps
 from itjax.train.state import TrainState, abstract, evaluated, fresh, state_axes
@@ -52,6 +52,8 @@ def compile_step(run: Run, model: Model, mesh: Mesh, *, num_steps: int) -> Compi
     axes, still_axes = lora.split(model.axes, moves)
     state = abstract(shapes, still, tx, average=run.optimizer.average)
     shardings = layout.shardings(state_axes(axes, shapes, tx, still_axes, average=run.optimizer.average), mesh, state)
+    if run.optimizer.offload:
+        shardings = dataclasses.replace(shardings, opt_state=memory.on_host(shardings.opt_state, state.opt_state))
     multiplier = run.lora.learning_rate_multiplier if run.lora.rank else 1.0
     step = make_train_step(
         sft(model, loss=run.loss),
@@ -60,8 +62,13 @@ def compile_step(run: Run, model: Model, mesh: Mesh, *, num_steps: int) -> Compi
         accumulate=run.accumulate,
         seed=run.seed if run.lora.dropout else None,
         average=run.optimizer.average,
+        offload=run.optimizer.offload,
     )
-    jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
+    device = mesh.devices.flat[0]
+    options = flags.options(device.platform, device, extra=run.parallel.flags)
+    jitted = jax.jit(
+        step, donate_argnums=0, out_shardings=(shardings, None), compiler_options=dict(options.accepted) or None
+    )
     return Compiled(jitted, tx, layout.located(state, shardings), moves)
 
 

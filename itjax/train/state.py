@@ -10,6 +10,7 @@ from jax.sharding import PartitionSpec as P
 
 from itjax.base.schema import Optimizer
 from itjax.models.model import Axes, Params
+from itjax.parallel import memory
 from itjax.train import optimizer
 
 
@@ -63,7 +64,7 @@ def evaluated(state: TrainState, config: Optimizer) -> Params:
     if config.average:
         return state.average
     if config.kind == "schedule_free_adamw":
-        return optax.contrib.schedule_free_eval_params(_schedule_free(state.opt_state), state.params)
+        return optax.contrib.schedule_free_eval_params(memory.to_device(_schedule_free(state.opt_state)), state.params)
     return state.params
 
 

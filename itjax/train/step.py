@@ -12,7 +12,7 @@ import optax
 from itjax.base.records import PackedBatch
 from itjax.models.model import Params
 from itjax.objectives.sums import LossSums
-from itjax.parallel import layout
+from itjax.parallel import layout, memory
 from itjax.train.optimizer import Schedule
 from itjax.train.state import TrainState, averaged
 
@@ -69,6 +69,7 @@ def make_train_step(
     accumulate: int,
     seed: int | None = None,
     average: float = 0.0,
+    offload: bool = False,
 ) -> Callable[[TrainState, PackedBatch], tuple[TrainState, Metrics]]:
     """The function that the loop runs and that the plan compiles: (state, batch) -> (state, metrics).
 
@@ -79,6 +80,7 @@ def make_train_step(
 
     `seed` is for losses that draw: micro-batch a of step s gets the key `fold_in(fold_in(key(seed), s), a)`. None: the
     loss gets no key and the program has no random numbers. `average` is the decay of `TrainState.average`, 0 for none.
+    With `offload` the optimizer's state comes from the memory of the host, and goes back by the shardings of the results.
     """
     extended = optax.with_extra_args_support(tx)
 
@@ -91,12 +93,13 @@ def make_train_step(
         objective, grad_norm, rate = sums.loss * per_weight, optax.tree.norm(grads), learning_rate(state.step)
         is_sound = has_weight & jnp.isfinite(objective) & jnp.isfinite(grad_norm)
 
-        directions, opt_state = extended.update(grads, state.opt_state, state.params, learning_rate=rate)
+        before = memory.to_device(state.opt_state) if offload else state.opt_state
+        directions, opt_state = extended.update(grads, before, state.params, learning_rate=rate)
         params = jax.tree.map(lambda p, d: p - (rate * d).astype(p.dtype), state.params, directions)
         moved = params, opt_state, averaged(state.average, params, decay=average)
         # Chosen number by number, which is done in place: of two branches XLA would keep the results beside the state.
         params, opt_state, mean = jax.tree.map(
-            lambda new, old: jnp.where(is_sound, new, old), moved, (state.params, state.opt_state, state.average)
+            lambda new, old: jnp.where(is_sound, new, old), moved, (state.params, before, state.average)
         )
         means = readings(sums.aux, per_weight)
         metrics = {

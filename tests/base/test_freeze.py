@@ -40,6 +40,14 @@ def test_overrides_reach_nested_and_unset_settings(config):
     assert run.optimizer.no_decay == ("a", "b")
 
 
+def test_options_of_the_compiler_have_names_that_only_it_knows(config):
+    run = load(
+        f"--config={config}", "--config.parallel.flags.xla_a=true", "--config.parallel.flags.xla_b=", "--config.steps=7"
+    )
+    assert run.parallel.flags == {"xla_a": "true", "xla_b": ""}
+    assert run.steps == 7
+
+
 WRONG = {
     "--config.setps=5": "--config.setps: no such setting in .*Did you mean --config.steps",
     "--config.learning_rate=5": "Did you mean --config.optimizer.learning_rate",
@@ -51,7 +59,7 @@ WRONG = {
     "--config.rows=many": "config.rows=many: invalid literal for int",
     "--config.rows=0": "config.rows: 0 is out of range; it must be at least 1",
     "--config.loss.reduction=tokens": "config.loss.reduction: 'tokens' is not a choice. Did you mean 'token'",
-    "--config.remat=some": "config.remat: 'some' is not a choice. .*Choices: none, dots, full",
+    "--config.remat=some": "config.remat: 'some' is not a choice. .*Choices: none, dots, narrow, attention, full, offload",
     "--config.epochs=2": "steps=3 and epochs=2.0 are both set",
     "--config.steps=0": "neither steps nor epochs is set",
     "--config.accumulate=3": "8 rows do not divide into 3 micro-batches; try --config.rows=9",
