@@ -21,6 +21,7 @@ from rich.table import Table
 from benchmarks import SEED
 
 SUITES = {  # name -> modules whose results it has
+    "attention": ("attention",),
     "audit": ("audit", "audit_rows"),
     "cpu": ("cpu",),
     "data": ("data",),

@@ -20,10 +20,16 @@ from itjax.kernels.plain import read
 __all__ = ["IMPLEMENTATIONS", "Case", "Scores", "Segments", "Stripes", "attend", "available", "check", "choose", "read"]
 
 
+def anywhere(case: Case) -> bool:
+    del case
+    return True
+
+
 class Implementation(NamedTuple):
     attend: Callable[..., jax.Array]  # (q_BQNH, k_BTKH, v_BTKH, segments, scores, sinks_N, stripes, *, platform)
     refuses: Callable[[Case], str]  # why it cannot do a case, and the way out; "": it can
     platforms: tuple[str, ...]  # where it runs as it is meant to
+    suits: Callable[[Case], bool] = anywhere  # where not, "auto" takes anything else before it
     tracked: bool = True  # whether its results say over which axes of a mesh they vary, see `layout.per_device`
 
 
@@ -33,8 +39,8 @@ IMPLEMENTATIONS = {  # best first
     "cudnn": Implementation(cudnn.attend, cudnn.refuses, ("gpu",)),
     "unpacked": Implementation(unpacked.attend, unpacked.refuses, ("gpu",)),
     "splash": Implementation(splash.attend, splash.refuses, ("tpu",), tracked=False),
+    "streamed": Implementation(streamed.attend, streamed.refuses, EVERYWHERE, suits=streamed.suits),
     "blockwise": Implementation(plain.blockwise, plain.refuses, EVERYWHERE),
-    "streamed": Implementation(streamed.attend, streamed.refuses, EVERYWHERE),
     "reference": Implementation(plain.reference, plain.refuses, EVERYWHERE),
 }
 
@@ -66,13 +72,18 @@ def attend(
     return read(q_BQNH, k_BTKH, v_BTKH, segments, scores, sinks_N, stripes, platform=platform)
 
 
+def best_first(case: Case) -> list[str]:
+    """Names of all implementations in the order to try them in."""
+    return sorted(IMPLEMENTATIONS, key=lambda name: not IMPLEMENTATIONS[name].suits(case))
+
+
 def available(case: Case) -> tuple[str, ...]:
     """Names of the implementations that can do a case on its platform, best first."""
-    return tuple(
-        name
-        for name, implementation in IMPLEMENTATIONS.items()
-        if case.platform in implementation.platforms and not implementation.refuses(case)
-    )
+
+    def can(implementation: Implementation) -> bool:
+        return case.platform in implementation.platforms and not implementation.refuses(case)
+
+    return tuple(name for name in best_first(case) if can(IMPLEMENTATIONS[name]))
 
 
 def check(name: str) -> None:

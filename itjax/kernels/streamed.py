@@ -23,6 +23,7 @@ from itjax.kernels.plain import capped, scales_queries
 
 NAME = "attended"  # of what the forward pass leaves for the backward pass: a policy that keeps it does not run it again
 UNSEEN = HIDDEN / 2  # where maxima begin: above what is hidden, so that hidden scores have probability 0 at any time
+LONG = 1024  # positions in a row
 LAST = jnp.iinfo(jnp.int32).max
 
 
@@ -46,6 +47,17 @@ def refuses(case: Case) -> str:
     """Why this cannot be done; it always can."""
     del case
     return ""
+
+
+def suits(case: Case) -> bool:
+    """Where it is faster than `plain.blockwise`, or small where that is large.
+
+    That one computes half of all pairs of a row and fewer with a window, as a program of up to 16 blocks that keeps all
+    probabilities; here documents decide. On a CPU both take as long for rows of 512 positions; for 1024 this takes less even
+    if a row is one document, because the block in work stays in its cache (`python -m benchmarks.run --suite attention`).
+    Accelerators have it for its program and its memory.
+    """
+    return case.platform != "cpu" or case.length >= LONG
 
 
 def attend(

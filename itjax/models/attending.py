@@ -122,7 +122,7 @@ def ways(case: Case) -> Sequence[Way]:
     whole = of_whole_rows(case)
     by_keys = attention.available(case)
     by_heads = attention.available(whole) if whole is not None else ()
-    names = [name for name in attention.IMPLEMENTATIONS if name in by_keys or name in by_heads]
+    names = [name for name in attention.best_first(case) if name in by_keys or name in by_heads]
     return [Way(name, name not in by_keys) for name in names]
 
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from itjax.kernels import plain, streamed
+from itjax.kernels import attention, plain, streamed
 from itjax.kernels.attention import Scores, Segments, Stripes
 from itjax.kernels.streamed import Blocks
 
@@ -271,3 +271,13 @@ def test_parts_on_a_mesh_read_what_one_device_reads():
     slopes[0] = slopes[0][:, order]
     for grad, slope in zip(grads, slopes, strict=True):
         np.testing.assert_allclose(grad, slope, atol=1e-5, rtol=1e-5)
+
+
+def test_long_rows_are_streamed_where_nothing_better_can_be_had():
+    def first(platform, length):
+        case = attention.Case(platform, length, 4, 2, 8, "float32", Scores(0.5))
+        return min(("blockwise", "streamed"), key=attention.best_first(case).index)
+
+    assert [first("cpu", length) for length in (512, 1024, 8192)] == ["blockwise", "streamed", "streamed"]
+    assert first("gpu", 512) == first("tpu", 512) == "streamed"
+    assert attention.choose("auto", attention.Case("cpu", 4096, 4, 2, 8, "float32", Scores(0.5))) == "streamed"
