@@ -18,7 +18,7 @@ from transformers.models.gemma2 import modeling_gemma2  # noqa: E402
 from transformers.models.gpt_oss import modeling_gpt_oss  # noqa: E402
 
 B, T, N, K, H = 2, 90, 4, 2, 16
-each_implementation = pytest.mark.parametrize("name", ["blockwise", "reference"])
+each_implementation = pytest.mark.parametrize("name", ["blockwise", "streamed", "reference"])
 
 
 @pytest.fixture(scope="module")
