@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+from pathlib import Path
 
 import jax
 import pytest
@@ -10,7 +11,7 @@ import pytest
 from itjax import parts, plan
 from itjax.base import tree
 from itjax.parallel import layout, topology
-from itjax.planning import advice, case, making, memory
+from itjax.planning import advice, case, fit, making, memory
 from itjax.planning.case import case_of
 from itjax.planning.made import Plan
 from itjax.planning.making import Wishes
@@ -83,9 +84,15 @@ def test_devices_are_asked_for():
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory) -> Plan:
+def folder(tmp_path_factory) -> Path:
+    """Where programs that were compiled once are remembered, for all tests here."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def found(folder) -> Plan:
     """The plan of a small run with its parameters over all eight devices, without data."""
-    return planned.plan(planned.case(), cache_dir=tmp_path_factory.mktemp("cache"))
+    return planned.plan(planned.case(), cache_dir=folder)
 
 
 def test_parameters_and_moments_are_counted_exactly(found):
@@ -111,16 +118,14 @@ def test_the_plan_is_of_the_step_that_the_loop_runs(found):
     assert found.measured.arguments == found.state.parameters + found.state.optimizer + read + 4
 
 
-def test_what_was_compiled_once_is_remembered(found, tmp_path, monkeypatch):
-    first = case.measure(found.case, folder=tmp_path)
+def test_what_was_compiled_once_is_remembered(found, folder, monkeypatch):
     monkeypatch.setattr(case.program, "read", None)  # nothing is read a second time
-    again = case.measure(planned.case(), folder=tmp_path)
-    assert dataclasses.asdict(again) == json.loads(json.dumps(dataclasses.asdict(first)))
+    again = case.measure(planned.case(), folder=folder / "plans")
+    assert dataclasses.asdict(again) == json.loads(json.dumps(dataclasses.asdict(found.measured)))
 
 
-def test_a_device_that_is_too_small_is_said_with_both_numbers(found, tmp_path):
-    small = planned.case(memory=2**16)
-    plan = planned.plan(small, cache_dir=tmp_path)
+def test_a_device_that_is_too_small_is_said_with_both_numbers(found, folder):
+    plan = planned.plan(planned.case(memory=2**16), cache_dir=folder)
     assert not plan.fits
     assert "a device needs" in plan.reasons[0]
     assert plan.limit == 2**16
@@ -128,9 +133,10 @@ def test_a_device_that_is_too_small_is_said_with_both_numbers(found, tmp_path):
     assert all(one.peak < plan.peak for one in plan.suggestions)
 
 
-def test_an_involuntary_rematerialisation_is_a_reason_not_to_start(found, tmp_path, monkeypatch):
-    monkeypatch.setattr(case.program, "involuntary", lambda text: ["%dot.1 bf16[8,64]"])
-    plan = planned.plan(planned.case(), cache_dir=tmp_path)
+def test_an_involuntary_rematerialisation_is_a_reason_not_to_start(found, folder, monkeypatch):
+    remade = dataclasses.replace(found.measured, remade=("%dot.1 bf16[8,64]",))
+    monkeypatch.setattr(making, "measure", lambda case, folder: remade)
+    plan = planned.plan(planned.case(), cache_dir=folder)
     assert plan.reasons == ["involuntary rematerialisation: %dot.1 bf16[8,64]"]
 
 
@@ -142,28 +148,34 @@ def test_the_parts_name_what_dominates():
     assert memory.dominates(parts, 0.0) != "activations", "short ones"
 
 
-def test_a_search_finds_what_fits_and_says_how_to_ask_for_it(tmp_path):
-    whole = planned.case(length=256, parallel=planned.DATA)
-    needed = planned.plan(whole, cache_dir=tmp_path).peak
-    small = planned.case(length=256, parallel=planned.DATA, memory=int(0.7 * needed))
-    plan = planned.plan(small, Wishes(fit=True), cache_dir=tmp_path)
+def test_a_search_finds_what_fits_and_says_how_to_ask_for_it(found, folder, monkeypatch):
+    monkeypatch.setattr(fit, "REMAT", ("none",))
+    whole = planned.plan(planned.case(parallel=planned.DATA), cache_dir=folder).peak
+    limit = (whole + found.peak) // 2  # copies of the model do not fit, shares of it do
+    small = planned.case(parallel=planned.DATA, memory=limit)
+    plan = planned.plan(small, Wishes(fit=True), cache_dir=folder)
     assert plan.fits, plan.reasons
-    assert plan.peak <= 0.7 * needed
-    assert "--config.parallel.fsdp=" in plan.fitted
+    assert plan.peak <= limit < whole
     assert "--config.rows=8" in plan.fitted, "rows of a step stay as they are"
+    assert plan.case.mesh.shape["fsdp"] * plan.case.mesh.shape["tensor"] > 1
+    for axis, size in plan.case.mesh.shape.items():
+        assert f"--config.parallel.{axis}={size}" in plan.fitted
 
 
-def test_a_search_in_vain_names_the_nearest(tmp_path):
-    plan = planned.plan(planned.case(memory=2**12), Wishes(fit=True), cache_dir=tmp_path)
+def test_a_search_in_vain_names_the_nearest(folder, monkeypatch):
+    monkeypatch.setattr(fit, "REMAT", ("none",))
+    plan = planned.plan(planned.case(memory=2**12), Wishes(fit=True), cache_dir=folder)
     assert not plan.fits
     assert "the nearest needs" in plan.reasons[0]
 
 
 @pytest.mark.parametrize("devices", ["v5e:2x2"])
-def test_devices_that_are_absent_are_compiled_for(devices, tmp_path):
+def test_devices_that_are_absent_are_compiled_for(devices, folder, monkeypatch):
     pytest.importorskip("libtpu")
     here = planned.case(devices=devices)
-    plan = planned.plan(here, cache_dir=tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(advice, "REMAT", ("none", "full"))
+        plan = planned.plan(here, cache_dir=folder)
     assert plan.fits, plan.reasons
     assert plan.measured.received.get("all-gather", 0) > 0
     assert 0 < plan.bound.mfu < 1

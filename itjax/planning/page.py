@@ -35,7 +35,10 @@ def sections(plan: Plan) -> Iterator[tuple[str, Sequence[str | Text]]]:
     yield "Time of a step", _time(plan)
     yield "Between devices", _traffic(plan)
     yield "Data", _data(plan)
-    yield "What to change", _changes(plan)
+    yield (
+        "What to change (effects by shapes, where not compiled)" if plan.fitted is None else "Settings",
+        _changes(plan),
+    )
     yield "Warnings", [Text(line, style="yellow") for line in plan.warnings]
 
 
@@ -52,9 +55,13 @@ def _what(plan: Plan) -> list[str]:
     return [
         f"mesh    {mesh}",
         f"step    {case.run.rows} rows of {case.run.length} positions{micro}; remat {case.run.remat}, {case.dtype}",
-        f"model   {plan.num_parameters / 1e9:.3g} B parameters, {plan.num_trained / 1e9:.3g} B trained; "
+        f"model   {_count(plan.num_parameters)} parameters, {_count(plan.num_trained)} trained; "
         f"vocabulary {case.config.vocab:,}",
     ]
+
+
+def _count(number: int) -> str:
+    return f"{number / 1e9:.3g} B" if number >= 1e9 else f"{number / 1e6:.3g} M"
 
 
 # --- memory -----------------------------------------------------------------------------------------------------------
@@ -99,7 +106,9 @@ def _time(plan: Plan) -> list[str]:
     lines = [
         f"{flops.model:.3g} FLOPs of use to the model, {flops.step:.3g} done (padding, and {flops.again:.3g} once more for remat)"
     ]
-    if plan.bound is None or plan.bound.step is None:
+    if plan.bound is None:
+        return lines
+    if plan.bound.step is None:
         return [*lines, f"No bound in seconds: the peak of {plan.case.target.chip.name} is not known."]
     known = ", ".join(
         f"{name} {_seconds(seconds)}" for name, seconds in plan.bound.seconds.items() if seconds is not None
@@ -157,7 +166,7 @@ def _changes(plan: Plan) -> list[str | Text]:
 
 
 def _change(one: Suggestion, plan: Plan) -> str:
-    how = "compiled" if one.compiled else "by its shapes"
+    how = ", compiled" if one.compiled else ""
     effect = gib(one.peak)
     if plan.peak is not None:
         effect += (
@@ -168,7 +177,7 @@ def _change(one: Suggestion, plan: Plan) -> str:
     time = ""
     if one.seconds is not None and plan.bound is not None and plan.bound.step:
         time = f", step {one.seconds / plan.bound.step - 1:+.0%}"
-    return f"{one.lines:<44} peak {effect}{time}; {how}"
+    return f"{one.lines:<50} peak {effect}{time}{how}"
 
 
 def _signed(size: float) -> str:
