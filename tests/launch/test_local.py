@@ -40,6 +40,11 @@ def cache(tmp_path_factory) -> str:
     return str(tmp_path_factory.mktemp("cache"))
 
 
+def environment(cache: str) -> dict[str, str]:
+    given = runs.environment(XDG_CACHE_HOME=cache, ITJAX_HEARTBEAT_SECONDS="10")
+    return {**given, "XLA_FLAGS": "--xla_backend_optimization_level=0"}  # compiles in two thirds of the time
+
+
 def start(run_dir: Path, cache: str, *, processes: int, devices: int = 1, **settings: object) -> subprocess.Popen:
     """A small run in so many processes, or in this command's own one where `processes` is 0."""
     given = {**TINY, **settings}
@@ -47,7 +52,7 @@ def start(run_dir: Path, cache: str, *, processes: int, devices: int = 1, **sett
     ours = [str(LAUNCHER), f"--processes={processes}", f"--devices_per_process={devices}"]
     return subprocess.Popen(
         [sys.executable, *(ours if processes else ["-m", "itjax.main"]), *words],
-        env=runs.environment(XDG_CACHE_HOME=cache, ITJAX_HEARTBEAT_SECONDS="10"),
+        env=environment(cache),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -145,7 +150,7 @@ def test_processes_started_unlike_end_before_the_first_step(tmp_path, cache):
     words = [f"--config={config}", f"--config.run_dir={tmp_path / 'run'}"]
     done = subprocess.run(
         [sys.executable, str(LAUNCHER), "--processes=2", "--devices_per_process=1", *words],
-        env=runs.environment(XDG_CACHE_HOME=cache),
+        env=environment(cache),
         capture_output=True,
         text=True,
         timeout=200,
