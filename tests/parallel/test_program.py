@@ -57,16 +57,16 @@ def mesh_of(text, monkeypatch, shape=(2, 4), names=("a", "b")):
     return Mesh(np.array(devices).reshape(shape), names, axis_types=(AxisType.Auto,) * len(names))
 
 
-def compiled(mesh, function, *arrays, **options):
+def compiled(mesh, function, *arrays, compiler=None, **options):
     """Arrays are (shape, spec), float32."""
     shapes = [jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, spec)) for shape, spec in arrays]
-    return jax.jit(function, **options).lower(*shapes).compile()
+    return jax.jit(function, **options).lower(*shapes).compile(compiler_options=compiler)
 
 
-def program_of(mesh):
+def program_of(mesh, **options):
     spec = P(("a", "b"))
     mapped = jax.shard_map(exchanges, mesh=mesh, in_specs=spec, out_specs=spec)
-    return program.read(compiled(mesh, mapped, ((8 * 256, 512), spec)), mesh)
+    return program.read(compiled(mesh, mapped, ((8 * 256, 512), spec), **options), mesh)
 
 
 @pytest.mark.parametrize("text", ["cpu:8", "v5e:2x4", "v5p:2x2x2", "h200:8"])
@@ -86,6 +86,11 @@ def test_bytes_between_slices_and_nodes_are_told_apart(text, monkeypatch):
     assert found.crossing() == 6 * BYTES + BYTES
     assert found.over("a") - found.crossing() in (0, 6 * BYTES)  # one gathering over a and b, or one over each
     assert found.received() == {kind: bytes * times for kind, bytes, _, times in EXPECTED}
+
+
+def test_what_compiles_sooner_changes_nothing_that_is_read(monkeypatch):
+    mesh = mesh_of("cpu:8", monkeypatch)
+    assert program_of(mesh, compiler=program.compile_options("cpu")) == program_of(mesh)
 
 
 @pytest.mark.parametrize("text", ["cpu:8", "v5p:2x2x2", "h200:8"])
