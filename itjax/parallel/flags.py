@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import SingleDeviceSharding
+from jax.sharding import Mesh, SingleDeviceSharding
 
 Value: TypeAlias = bool | int | float | str
 
@@ -74,6 +74,12 @@ def options(platform: str, device: Any, *, extra: Mapping[str, str]) -> Options:
             )
         accepted[name] = value
     return Options(accepted, {name: why for name, why in reasons.items() if why})
+
+
+def device_of(mesh: Mesh) -> Any:
+    """A device of a mesh that this process can compile a program for: one of its own, or any where none is attached."""
+    devices = list(mesh.devices.flat)
+    return next((device for device in devices if device.process_index == jax.process_index()), devices[0])
 
 
 def parsed(text: str) -> Value:

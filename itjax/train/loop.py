@@ -42,6 +42,7 @@ class Compiled:
     tx: optax.GradientTransformation
     abstract: TrainState  # ShapeDtypeStructs with shardings
     moves: Params  # the tree of parameters with True where the optimizer moves them
+    refused: Mapping[str, str]  # options of XLA that this version of it does not take, and why
 
 
 def compile_step(run: Run, model: Model, mesh: Mesh, *, num_steps: int) -> Compiled:
@@ -64,12 +65,12 @@ def compile_step(run: Run, model: Model, mesh: Mesh, *, num_steps: int) -> Compi
         average=run.optimizer.average,
         offload=run.optimizer.offload,
     )
-    device = mesh.devices.flat[0]
+    device = flags.device_of(mesh)
     options = flags.options(device.platform, device, extra=run.parallel.flags)
     jitted = jax.jit(
         step, donate_argnums=0, out_shardings=(shardings, None), compiler_options=dict(options.accepted) or None
     )
-    return Compiled(jitted, tx, layout.located(state, shardings), moves)
+    return Compiled(jitted, tx, layout.located(state, shardings), moves, options.refused)
 
 
 def begin(
@@ -173,6 +174,8 @@ def train(
         writes=cluster.writes(),
         console=console,
     )
+    for name, why in compiled.refused.items():
+        watch.say(f"{name} is left out: {why}")
     if start:
         watch.say(f"resuming {run_dir} at step {start} of {num_steps}")
     config = dataclasses.asdict(run) | {checkpoint.BASE: base}

@@ -18,6 +18,7 @@ from itjax.train.state import evaluated
 from tests import fakes
 
 BATCH = fakes.packed([[fakes.example(n, length=9), fakes.example(n + 8, length=6)] for n in range(8)], length=16)
+ONE_LAYER = dataclasses.replace(fakes.TINY, layers=1)
 PLACES = {1: Parallel(), 8: Parallel(data=1, fsdp=8)}
 
 
@@ -28,7 +29,7 @@ class Trained:
         self.run = Run(rows=8, length=16, optimizer=Optimizer(learning_rate=1e-2, warmup=0, **optimizer))
         self.mesh = mesh_for(PLACES[devices], jax.devices()[:devices])
         with jax.set_mesh(self.mesh):
-            model = fakes.tiny_model(attention="reference")
+            model = fakes.tiny_model(ONE_LAYER, attention="reference")
             self.compiled = loop.compile_step(self.run, model, self.mesh, num_steps=4)
             self.state = loop.first(self.run, model, self.compiled, None)
         self.losses = [self.step() for _ in range(2)]
@@ -46,11 +47,18 @@ def kinds(tree) -> set[str]:
     return {leaf.sharding.memory_kind for leaf in jax.tree.leaves(tree) if leaf.ndim}
 
 
+def shardings(run: Trained):
+    return jax.tree.map(lambda x: x.sharding, run.compiled.abstract)
+
+
 def same(a, b) -> None:
     jax.tree.map(np.testing.assert_array_equal, *(jax.tree.map(np.asarray, tree) for tree in (a, b)))
 
 
-@pytest.mark.parametrize(("devices", "settings"), [(1, {}), (8, {}), (8, {"moments": "int8"})])
+SLOW = [pytest.param(1, {}, marks=pytest.mark.slow), pytest.param(8, {"moments": "int8"}, marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize(("devices", "settings"), [(8, {}), *SLOW])
 def test_the_steps_are_the_same_to_the_bit(devices, settings):
     here, there = trained(devices, **settings), trained(devices, offload=True, **settings)
     assert kinds(here.state) == {"device"}
@@ -72,10 +80,12 @@ def test_a_checkpoint_does_not_depend_on_it(tmp_path, before, after):
 
 def test_a_run_goes_on_with_it_switched():
     """What is read back can be stepped on, and comes to what it would have come to."""
-    here, there = Trained(1), Trained(1, offload=True)
-    moved = jax.device_put(here.state, jax.tree.map(lambda x: x.sharding, there.compiled.abstract))
-    there.state = jax.tree.map(lambda x: x.copy(), moved)
+    here, there = trained(8), trained(8, offload=True)
+    before = jax.tree.map(np.asarray, there.state)
+    there.state = jax.device_put(jax.tree.map(np.asarray, here.state), shardings(there))
+    here.state = jax.device_put(before, shardings(here))
     assert there.step() == here.step()
+    same(here.state, there.state)
 
 
 def test_the_mean_of_schedule_free_is_read_wherever_its_parts_lie():
