@@ -100,6 +100,8 @@ def _tpu(environment: Mapping[str, str]) -> Place | None:
         address, count, number, _ = clusters.ClusterEnv.auto_detect_unset_distributed_params(
             None, None, None, None, None, seconds
         )
+    except OSError:
+        return None  # no metadata to ask: this machine is no cloud's part of a slice
     except Exception as error:
         raise Lost(
             f"TPU: the machine's place in its slice is not known ({type(error).__name__}: {error}). Start all hosts again, "

@@ -13,6 +13,7 @@ from pathlib import Path
 import jax
 import pytest
 from jax._src import cloud_tpu_init, distributed
+from jax._src.clusters import cloud_tpu_cluster
 
 from itjax.parallel import cluster
 from itjax.parallel.cluster import Place
@@ -105,14 +106,23 @@ def test_a_tpu_slice_is_what_jax_finds(monkeypatch):
         "TPU_SKIP_MDS_QUERY": "1",
     }.items():
         monkeypatch.setenv(name, value)
-    from jax._src.clusters import cloud_tpu_cluster
-
     monkeypatch.setattr(cloud_tpu_cluster, "running_in_cloud_tpu_vm", True)
     monkeypatch.setattr(cloud_tpu_cluster, "get_metadata", lambda key: ("", 404))
     monkeypatch.setenv("MEGASCALE_COORDINATOR_ADDRESS", "localhost")
     for name, value in {"MEGASCALE_NUM_SLICES": "2", "MEGASCALE_SLICE_ID": "1"}.items():
         monkeypatch.setenv(name, value)
     assert cluster.place(os.environ) == Place("localhost:8482", 4, 3, told_by="the TPU slice")
+
+
+def test_a_tpu_where_nobody_can_be_asked_is_alone(monkeypatch):
+    def nobody(key):
+        raise ConnectionError("metadata.google.internal")
+
+    monkeypatch.setattr(cloud_tpu_init, "running_in_cloud_tpu_vm", True)
+    monkeypatch.setattr(cloud_tpu_cluster, "running_in_cloud_tpu_vm", True)
+    monkeypatch.setattr(cloud_tpu_cluster, "get_metadata", nobody)
+    monkeypatch.delenv("TPU_SKIP_MDS_QUERY", raising=False)
+    assert cluster.place({}) is None
 
 
 def test_patience_is_a_number_of_seconds():
@@ -232,7 +242,7 @@ def test_processes_that_agree_go_on_and_only_one_address_listens():
 def test_one_that_is_killed_ends_the_others_with_its_number():
     number = 1
     body = f"print('joined', flush=True); cluster.barrier('b'); {number} != int(sys.argv[1]) or os.kill(os.getpid(), 9)"
-    processes = start(f"{body}; time.sleep(100)", range(3), count=3, port=free_port(), ITJAX_HEARTBEAT_SECONDS="4")
+    processes = start(f"{body}; time.sleep(100)", range(2), count=2, port=free_port(), ITJAX_HEARTBEAT_SECONDS="4")
     before = time.monotonic()
     for other, (code, _, err) in enumerate(ends(processes)):
         assert code == (-9 if other == number else 6), err
