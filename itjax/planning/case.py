@@ -129,7 +129,7 @@ def measure(case: Case, *, folder: Path) -> Measured:
     with case.scope(), _absent(case.target):
         shapes = layout.batch_shapes(case.mesh, rows=case.run.rows, length=case.run.length)
         lowered = cast(jax.stages.Wrapped, case.compiled.step).lower(case.compiled.abstract, shapes)
-    options = program.compile_options(case.platform)
+    options: dict[str, Any] = dict(program.compile_options(case.platform))
     path = folder / f"{_name(case, lowered.as_text(), options)}.json"
     if path.exists():
         return Measured(**json.loads(path.read_text()))

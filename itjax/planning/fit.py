@@ -101,7 +101,7 @@ def meshes(case: Case) -> Iterator[Parallel]:
         if odd or not rest:
             continue
         for fsdp in _divisors(rest):
-            made = dict(zip(AXES, (rest // fsdp, fsdp, expert, context, tensor), strict=True))
+            made: dict[str, Any] = dict(zip(AXES, (rest // fsdp, fsdp, expert, context, tensor), strict=True))
             yield dataclasses.replace(case.run.parallel, **made)
 
 
