@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from itjax import cli
 from itjax.base.schema import REMAT, Parallel
 from itjax.parallel.mesh import AXES
 from itjax.planning.advice import Estimate, config_lines, estimate
@@ -61,6 +62,8 @@ def search(
         try:
             tried.append(Tried(one, expected, measure(one, folder=folder)))
         except ValueError as error:  # a kernel that is asked for refuses this mesh
+            if not cli.is_message(error):
+                raise
             told(f"not possible: {error}")
             continue
         if fits(tried[-1].measured, limit):
