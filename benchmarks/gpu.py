@@ -2,7 +2,7 @@
 
     python -m benchmarks.gpu                              # everything, about half an hour on one H200
     python -m benchmarks.gpu --items ceiling,attention    # some; what a file has of the others stays
-    python -m benchmarks.gpu --dry_run                    # tiny, on a CPU: whether every item runs
+    python -m benchmarks.gpu --dry_run                    # tiny, on a CPU: whether each kind of item runs; minutes
 
 An item that fails, takes all memory or runs out of time is written down as such, and the next one begins. Items are in
 gpu_items.py, and come as a suite too: `python -m benchmarks.run --suite gpu`.
@@ -43,14 +43,16 @@ SECONDS = {  # item -> seconds it may take, in the order of what a machine that 
     "plan": 400,
 }
 
+DRY = ("ceiling", "agreement", "attention", "train 1b dots", "train 8b lora full", "checkpoint", "cold start", "plan")
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__.splitlines()[0])
-    parser.add_argument("--items", default=",".join(SECONDS), help="names, with commas between them")
+    parser.add_argument("--items", help="names, with commas between them; all if not given")
     parser.add_argument("--out", type=Path, default=None, help=f"the JSON file that is written, {OUT} if not given")
     parser.add_argument("--dry_run", action="store_true", help="tiny sizes on a CPU")
     arguments = parser.parse_args()
-    names = arguments.items.split(",")
+    names = arguments.items.split(",") if arguments.items else list(DRY if arguments.dry_run else SECONDS)
     if unknown := set(names) - set(SECONDS):
         parser.error(f"--items: {', '.join(sorted(unknown))} unknown; known: {', '.join(SECONDS)}")
     with tempfile.TemporaryDirectory() as scratch:
