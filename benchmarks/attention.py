@@ -17,17 +17,20 @@ from benchmarks import SEED, measured
 from itjax.kernels import attention
 from itjax.kernels.case import Scores, Segments
 
-TURNS = 5
+TURNS = 3
 POSITIONS = 4096  # of all rows, where rows are shorter
 SIZES = {"8 heads of 32": (8, 32), "16 heads of 64": (16, 64)}
-LENGTHS = {"8 heads of 32": (512, 1024, 4096, 8192), "16 heads of 64": (512, 1024, 4096)}
-MEANS = (140, 620, None)  # of documents; None: one document in a row
+CASES = {  # (positions of a row, mean length of its documents; None: one document in a row)
+    "8 heads of 32": (
+        *((512, 140), (512, 620), (512, None), (1024, 140), (1024, 620), (1024, None)),
+        *((4096, 140), (4096, 620), (4096, None), (8192, 140), (8192, 620)),
+    ),
+    "16 heads of 64": ((512, 140), (1024, 620), (1024, None), (4096, 620)),
+}
 
 
 def results() -> list[dict[str, Any]]:
-    return [
-        line for size in SIZES for length in LENGTHS[size] for mean in MEANS for line in measure(size, length, mean)
-    ]
+    return [line for size, cases in CASES.items() for case in cases for line in measure(size, *case)]
 
 
 def measure(size: str, length: int, mean: int | None) -> Iterator[dict[str, Any]]:
