@@ -141,7 +141,7 @@ def test_an_involuntary_rematerialisation_is_a_reason_not_to_start(found, folder
 
 
 def test_the_parts_name_what_dominates():
-    large = planned.case(rows=8, length=1024)
+    large = planned.case(length=1024, architecture__layers=4, loss__chunk=32)
     parts = memory.parts(large, advice.kept_of(large))
     assert memory.dominates(parts, 0.0) == "activations", "long rows"
     parts = memory.parts(planned.case(length=8), advice.kept_of(planned.case(length=8)))
