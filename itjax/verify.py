@@ -302,7 +302,7 @@ def meshes(num_devices: int, axes: Sequence[str], *, length: int) -> list[Parall
     """Every way to write the number of devices as a product of these axes, of which rows of this length can be cut."""
     divisors = [size for size in range(1, num_devices + 1) if num_devices % size == 0]
     shapes = [shape for shape in itertools.product(divisors, repeat=len(axes)) if math.prod(shape) == num_devices]
-    found = [dataclasses.replace(Parallel(data=1), **dict(zip(axes, shape, strict=True))) for shape in shapes]
+    found = [Parallel(**{"data": 1, **dict(zip(axes, shape, strict=True))}) for shape in shapes]  # type: ignore[arg-type]
     return [parallel for parallel in found if length % parallel.context**2 == 0]
 
 

@@ -6,13 +6,19 @@ B rows, T positions, D width, N heads, H head size.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec
 
 from itjax.base.schema import Lora
-from itjax.models import lora, quantize
+from itjax.models import lora, quantize, remat
+from itjax.models.leaves import KEEP, names_of, names_of_kernel, shapes_of, travelling, uneven_blocks
+from itjax.parallel import layout
+
+TOKENS = ("batch", "length")  # the dimensions of what a linear layer reads, before those of the kernel
 
 
 @dataclass(frozen=True)
@@ -84,37 +90,89 @@ class Projection(nnx.Module):
         self.lora_m = nnx.Param(jnp.ones(outputs), axes=axes[contract:]) if lengthened else None
 
     def __call__(self, x: jax.Array, draws: Draws) -> jax.Array:
-        rows, outputs = x.shape[: x.ndim - self.contract], self._outputs()
+        dropped = None if self.lora_a is None else drop(x, self.lora.dropout, draws)
+        state = nnx.state(self)
+        leaves, names = nnx.to_pure_dict(state), names_of(state)
+        bias = leaves.pop("bias", None)
+        names.pop("bias", None)
+        if self._is_shared(x, leaves, names):
+            y = self._on_mesh(x, dropped, leaves, names)
+        else:
+            y = self._product(x, dropped, leaves)
+        return y if bias is None else y + bias.astype(y.dtype).reshape((1,) * (y.ndim - bias.ndim) + bias.shape)
+
+    def _is_shared(self, x: jax.Array, leaves: dict[str, Any], names: dict[str, Any]) -> bool:
+        """Whether devices that share a kernel have tokens of their own, for which each needs it whole.
+
+        DoRA needs the length of whole columns, which are split where devices have parts of the inputs.
+        """
+        if math.prod(layout.scope().values()) == 1 or "lora_m" in leaves or x.ndim - self.contract != len(TOKENS):
+            return False
+        by_tokens = {axis for axes in layout.split(TOKENS, x.shape[:2]) for axis in axes}
+        gathered = layout.gathered_axes(names, shapes_of(leaves), keep=KEEP)
+        return gathered <= by_tokens and uneven_blocks(leaves, names) is None
+
+    def _on_mesh(
+        self, x: jax.Array, dropped: jax.Array | None, leaves: dict[str, Any], names: dict[str, Any]
+    ) -> jax.Array:
+        """The product where the kernel is gathered for it, and its gradient reduce-scattered, by instructions of our own.
+
+        The whole kernel is not kept for the backward pass but gathered again.
+        """
+        of_kernel = [name if name in KEEP else None for name in names_of_kernel(names)]
+        of_x, of_y = (
+            PartitionSpec(*TOKENS, *of_kernel[: self.contract]),
+            PartitionSpec(*TOKENS, *of_kernel[self.contract :]),
+        )
+        shapes, dtypes = shapes_of(leaves), travelling(leaves, x.dtype)
+        parted = tuple(axis for axes in layout.split(tuple(of_x), x.shape)[len(TOKENS) :] for axis in axes)
+
+        @remat.not_kept
+        def product(x: jax.Array, dropped: jax.Array | None, leaves: dict[str, Any]) -> jax.Array:
+            whole = layout.gather(leaves, names, shapes, keep=KEEP, dtypes=dtypes)
+            return self._product(x, dropped, jax.tree.map(lambda leaf: remat.named(leaf, remat.WHOLE), whole))
+
+        def on_device(x: jax.Array, dropped: jax.Array | None, leaves: dict[str, Any]) -> jax.Array:
+            y = product(x, dropped, leaves)
+            return jax.lax.psum(y, parted) if parted else y
+
+        return layout.per_device(
+            on_device, x, dropped, leaves, names=(of_x, None if dropped is None else of_x, names), everywhere=False,
+            out=(of_y, (*x.shape[: len(TOKENS)], *self._outputs(leaves))),
+        )  # fmt: skip
+
+    def _product(self, x: jax.Array, dropped: jax.Array | None, leaves: dict[str, Any]) -> jax.Array:
+        """All but the bias. `dropped` is what adapters read."""
+        rows = x.shape[: x.ndim - self.contract]
         # One product of two matrices: XLA runs it twice as fast on CPUs as the same sums with three or four dimensions.
         x_RI = x.reshape(math.prod(rows), -1)
-        y_RO = self._base(x_RI)
-        if self.lora_a is not None and self.lora_b is not None:
-            y_RO = self._adapted(y_RO, x_RI, self.lora_a[...], self.lora_b[...], draws)
-        if self.bias is not None:
-            y_RO += self.bias[...].astype(x.dtype).reshape(1, -1)
-        return y_RO.reshape(*rows, *outputs)
+        y_RO = self._base(x_RI, leaves["kernel"])
+        if dropped is not None:
+            y_RO = self._adapted(y_RO, dropped.reshape(x_RI.shape), leaves)
+        return y_RO.reshape(*rows, *self._outputs(leaves))
 
-    def _base(self, x_RI: jax.Array) -> jax.Array:
-        if isinstance(self.kernel, Quantized):
-            return quantize.matmul(x_RI, self.kernel.leaves(), self.contract)
-        return x_RI @ self.kernel[...].astype(x_RI.dtype).reshape(x_RI.shape[1], -1)
+    def _base(self, x_RI: jax.Array, kernel: Any) -> jax.Array:
+        if isinstance(kernel, dict):
+            return quantize.matmul(x_RI, kernel, self.contract)
+        return x_RI @ kernel.astype(x_RI.dtype).reshape(x_RI.shape[1], -1)
 
-    def _adapted(self, y_RO: jax.Array, x_RI: jax.Array, a: jax.Array, b: jax.Array, draws: Draws) -> jax.Array:
-        """y + scale · (drop(x) · A) · B, and the columns of that as long as DoRA says."""
+    def _adapted(self, y_RO: jax.Array, x_RI: jax.Array, leaves: dict[str, Any]) -> jax.Array:
+        """y + scale · (x · A) · B, and the columns of that as long as DoRA says."""
+        a, b = leaves["lora_a"], leaves["lora_b"]
         a_Ir = a.astype(x_RI.dtype).reshape(x_RI.shape[1], -1)
         b_rO = b.astype(x_RI.dtype).reshape(a_Ir.shape[1], -1)
-        y_RO += (drop(x_RI, self.lora.dropout, draws) @ a_Ir) @ b_rO * lora.scale(self.lora)
-        if self.lora_m is None:
+        y_RO += (x_RI @ a_Ir) @ b_rO * lora.scale(self.lora)
+        if "lora_m" not in leaves:
             return y_RO
         # Their length so far counts as a constant: section 4.3 of the DoRA paper, https://arxiv.org/abs/2402.09353
-        kernel = self.kernel.leaves() if isinstance(self.kernel, Quantized) else self.kernel[...]
-        whole = jax.lax.stop_gradient(lora.whole(kernel, a, b, scale=lora.scale(self.lora)))
-        ratio_1O = (self.lora_m[...] / lora.lengths(whole, self.contract)).reshape(1, -1)
+        whole = jax.lax.stop_gradient(lora.whole(leaves["kernel"], a, b, scale=lora.scale(self.lora)))
+        ratio_1O = (leaves["lora_m"] / lora.lengths(whole, self.contract)).reshape(1, -1)
         return (y_RO * ratio_1O).astype(x_RI.dtype)
 
-    def _outputs(self) -> tuple[int, ...]:
-        kernel = self.kernel.codes if isinstance(self.kernel, Quantized) else self.kernel
-        return kernel[...].shape[self.contract :]
+    def _outputs(self, leaves: dict[str, Any]) -> tuple[int, ...]:
+        """The dimensions of the kernel that are left of it: of the whole one, or of what this device has."""
+        kernel = leaves["kernel"]
+        return (kernel["codes"] if isinstance(kernel, dict) else kernel).shape[self.contract :]
 
 
 class Norm(nnx.Module):

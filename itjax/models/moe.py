@@ -13,19 +13,18 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec
 
-from itjax.base import tree
 from itjax.models import dispatch, lora, quantize, remat
 from itjax.models.activations import gated
 from itjax.models.config import Experts, ModelConfig
 from itjax.models.dispatch import Groups, Routes
 from itjax.models.layers import Draws, Options, Quantized, draw, draw_a, drop, kept
+from itjax.models.leaves import KEEP, names_of, shapes_of, travelling, uneven_blocks
 from itjax.models.remat import named
 from itjax.parallel import layout
 from itjax.parallel.layout import pin
 
 Aux = dict[str, jax.Array]
 ROWS = PartitionSpec("batch", "length", None)
-KEEP = ("experts", "ffn")  # dimensions of kernels that stay split where they are used
 
 
 class Facts(NamedTuple):
@@ -151,15 +150,16 @@ class Mixture(nnx.Module):
     def _answers(self, x_BTD: jax.Array, routes: Routes, draws: Draws) -> jax.Array:
         """The weighted sum of what each token's experts say, computed where the experts are."""
         graphs, states = zip(*(nnx.split(part) for part in (self.gate, self.up, self.down)), strict=True)
-        leaves, names = [nnx.to_pure_dict(state) for state in states], [_names(state) for state in states]
-        shapes = jax.tree.map(lambda leaf: leaf.shape, leaves)
+        leaves, names = [nnx.to_pure_dict(state) for state in states], [names_of(state) for state in states]
+        shapes = [shapes_of(part) for part in leaves]
+        dtypes = [travelling(part, x_BTD.dtype) for part in leaves]
         for part, names_of_part in zip(leaves, names, strict=True):
-            _check_scales(part, names_of_part, KEEP)
+            _check_blocks(part, names_of_part)
         ways = dispatch.ways(rows=x_BTD.shape[0], length=x_BTD.shape[1], experts=self.experts.number, width=self.width)
         capacity = None if routes.slots_BTC is None else self._capacity(x_BTD.shape[1])
 
         def on_device(x_BTD: jax.Array, routes: Routes, leaves: list[Any], key: jax.Array | None) -> jax.Array:
-            whole = layout.gather([_cast(part, x_BTD.dtype) for part in leaves], names, shapes, keep=KEEP)
+            whole = layout.gather(leaves, names, shapes, keep=KEEP, dtypes=dtypes)
             gate, up, down = (nnx.merge(graph, part) for graph, part in zip(graphs, whole, strict=True))
             own = Draws(None if key is None else ways.own(key))
 
@@ -230,32 +230,10 @@ def _per_token(
     return weights_T, choices_SE[segments_T] / tokens_S[segments_T][:, None]
 
 
-def _names(state: nnx.State) -> dict[str, Any]:
-    """Logical names of the dimensions of every leaf, in the tree that the leaves are in."""
-    axes = {
-        tree.SEPARATOR.join(map(str, path)): PartitionSpec(*variable.get_metadata()["axes"])
-        for path, variable in nnx.to_flat_state(state)
-    }
-    return tree.unflatten(axes)
-
-
-def _cast(leaves: dict[str, Any], dtype: jnp.dtype) -> dict[str, Any]:
-    """Numbers in the type that products are made in, before they travel; scales of quantised kernels as they are."""
-    flat = tree.flatten(leaves)
-    small = {path for path, leaf in flat.items() if leaf.dtype == jnp.float32 and not path.endswith("scales")}
-    return tree.unflatten({path: leaf.astype(dtype) if path in small else leaf for path, leaf in flat.items()})
-
-
-def _check_scales(leaves: dict[str, Any], names: dict[str, Any], keep: tuple[str, ...]) -> None:
-    """Codes and scales must be split alike where each device makes numbers of its own part."""
-    if not isinstance(leaves["kernel"], dict):
-        return
-    codes, scales = leaves["kernel"]["codes"], leaves["kernel"]["scales"]
-    axes = tuple(names["kernel"]["codes"])
-    splits = zip(axes, layout.split(axes, codes.shape), layout.split(axes, scales.shape), scales.shape, strict=True)
-    for name, ways, other, blocks in splits:
-        if name in keep and blocks > 1 and ways != other:
-            raise ValueError(
-                f"parallel.{ways[-1]}: {layout.scope()[ways[-1]]} devices do not divide the {blocks} blocks of an expert's "
-                "nf4 kernel; take lora.base=int8, or fewer devices"
-            )
+def _check_blocks(leaves: dict[str, Any], names: dict[str, Any]) -> None:
+    if uneven := uneven_blocks(leaves, names):
+        ways, blocks = uneven
+        raise ValueError(
+            f"parallel.{ways[-1]}: {layout.scope()[ways[-1]]} devices do not divide the {blocks} blocks of an expert's "
+            "nf4 kernel; take lora.base=int8, or fewer devices"
+        )

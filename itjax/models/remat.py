@@ -29,6 +29,7 @@ ATTENDED = "attended"  # what heads read; named by the kernels, inside of their 
 BETWEEN = "between"  # the residual stream between attention and the feed-forward
 HIDDEN = "hidden"  # the two products of a feed-forward that one gates the other of
 ANSWERED = "answered"  # what the experts of a mixture say, before it is added up
+WHOLE = "whole"  # a kernel that devices put together for a product
 NAMES = (INPUT, HEADS, ATTENDED, BETWEEN, HIDDEN, ANSWERED)
 
 named = checkpoint_name  # the same number, under a name that policies know
@@ -50,6 +51,12 @@ POLICIES: Mapping[str, Policy | None] = {  # of schema.REMAT, the most memory an
         offload_dst="pinned_host",
     ),
 }
+
+
+def not_kept(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A product whose kernel, named WHOLE, is put together anew for the backward pass, whatever a layer keeps."""
+    policy = jax.checkpoint_policies.save_anything_except_these_names(WHOLE)
+    return jax.checkpoint(function, policy=policy, prevent_cse=False)
 
 
 def layer(function: Callable[..., Any], policy: str, *, prevent_cse: bool) -> Callable[..., Any]:
