@@ -95,6 +95,7 @@ def test_the_mean_of_schedule_free_is_read_wherever_its_parts_lie():
     with jax.set_mesh(mesh):
         state = loop.first(run, model, loop.compile_step(run, model, mesh, num_steps=1), None)
         assert kinds(state.opt_state) == {memory.HOST}
-        same(evaluated(state, config), state.params)  # nothing has moved yet
+        mean = evaluated(state, config)  # nothing has moved yet: the parameters, within rounding
+        jax.tree.map(lambda x, p: np.testing.assert_allclose(x, p, rtol=1e-6), mean, state.params)
         away = dataclasses.replace(state, params=jax.tree.map(lambda x: x + 1, state.params))
         assert kinds(evaluated(away, config)) == {"device"}
