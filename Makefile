@@ -36,7 +36,7 @@ $(VENV)/.run: pyproject.toml | $(VENV)/bin/python
 	touch $@
 
 $(VENV)/.dev: pyproject.toml | $(VENV)/bin/python
-	$(RUN) -m pip install --quiet --disable-pip-version-check -e '.[dev,parity]'
+	$(RUN) -m pip install --quiet --disable-pip-version-check -e '.[dev,parity,plan]'
 	touch $@ $(VENV)/.run
 
 lock: $(VENV)/.dev  ## versions that developers agree on: requirements-dev.lock

@@ -48,7 +48,9 @@ def to_torch(*arrays):
 
 
 def ours(name, arrays, scores, sinks=None):
-    return attention.attend(*map(jnp.asarray, arrays), Segments(SEGMENTS, SEGMENTS), implementation=name, scores=scores, sinks_N=sinks)
+    return attention.attend(
+        *map(jnp.asarray, arrays), Segments(SEGMENTS, SEGMENTS), implementation=name, scores=scores, sinks_N=sinks
+    )
 
 
 @each_implementation
