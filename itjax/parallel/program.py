@@ -101,8 +101,11 @@ def read_text(text: str, memory: Memory, mesh: Mesh, *, unknown_trips: int) -> P
         flops += hlo.flops(run) * run.times
         if run.instruction.opcode == "custom-call" and run.instruction.target.startswith(KERNELS):
             kernels += run.times
+    counts = {name: walk.unknown.count(name) for name in walk.unknown}
     notes = tuple(
-        f"loop {name!r}: its data decides how often it runs; counted {unknown_trips} times" for name in walk.unknown
+        f"loop {name!r}: its data decides how often it runs; counted {unknown_trips} times"
+        + (f" ({count} of this name)" if count > 1 else "")
+        for name, count in counts.items()
     )
     return Program(memory, tuple(collectives), flops, kernels, notes)
 
