@@ -243,7 +243,7 @@ CLUSTER = """
 
 def test_two_processes_load_and_save_together(tmp_path):
     """A real cluster: each process reads its half (and all of what is whole everywhere), the first one writes."""
-    whole = {"llama": {"layers/attn/q/bias"}, "experts": {"embed/kernel"}}  # what no axis of the mesh splits
+    whole = {"llama": {"layers/attn/q/bias"}, "experts": set()}  # what no axis of the mesh splits
     for name in whole:
         (tmp_path / name / "again").mkdir(parents=True)
         oracle.save_file(published(TABLES[name], drawn(TABLES[name])), tmp_path / name / "model.safetensors")

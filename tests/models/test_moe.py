@@ -15,7 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from itjax.base import tree
 from itjax.base.schema import Lora, Parallel
-from itjax.models import dispatch, moe, quantize
+from itjax.models import dispatch, leaves, moe, quantize
 from itjax.models.config import Experts, ModelConfig
 from itjax.models.layers import Draws, Options
 from itjax.models.moe import Facts, Mixture
@@ -51,7 +51,7 @@ def parts(config: ModelConfig = CONFIG, capacity: float | None = None):
     graph, state = nnx.split(mixture)
     flat = tree.flatten(nnx.to_pure_dict(state))
     noisy = {path: leaf + 0.3 * numbers(*leaf.shape, seed=n) for n, (path, leaf) in enumerate(flat.items())}
-    return graph, tree.unflatten(noisy), moe._names(state)
+    return graph, tree.unflatten(noisy), leaves.names_of(state)
 
 
 @functools.cache
@@ -346,7 +346,7 @@ def adapted(options: Options, config: ModelConfig = CONFIG):
     drawn = {
         path: 0.3 * numbers(*leaf.shape, seed=n) for n, (path, leaf) in enumerate(flat.items()) if "lora_b" in path
     }
-    return graph, tree.unflatten({**flat, **drawn}), moe._names(state)
+    return graph, tree.unflatten({**flat, **drawn}), leaves.names_of(state)
 
 
 def merged(params, scale: float):
