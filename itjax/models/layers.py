@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec
 from itjax.base.schema import Lora
 from itjax.models import lora, quantize, remat
 from itjax.models.leaves import KEEP, names_of, names_of_kernel, shapes_of, travelling, uneven_blocks
-from itjax.parallel import layout
+from itjax.parallel import exchange, layout
 
 TOKENS = ("batch", "length")  # the dimensions of what a linear layer reads, before those of the kernel
 
@@ -109,7 +109,7 @@ class Projection(nnx.Module):
         if math.prod(layout.scope().values()) == 1 or "lora_m" in leaves or x.ndim - self.contract != len(TOKENS):
             return False
         by_tokens = {axis for axes in layout.split(TOKENS, x.shape[:2]) for axis in axes}
-        gathered = layout.gathered_axes(names, shapes_of(leaves), keep=KEEP)
+        gathered = exchange.gathered_axes(names, shapes_of(leaves), keep=KEEP)
         return gathered <= by_tokens and uneven_blocks(leaves, names) is None
 
     def _on_mesh(
@@ -129,7 +129,7 @@ class Projection(nnx.Module):
 
         @remat.not_kept
         def product(x: jax.Array, dropped: jax.Array | None, leaves: dict[str, Any]) -> jax.Array:
-            whole = layout.gather(leaves, names, shapes, keep=KEEP, dtypes=dtypes)
+            whole = exchange.gather(leaves, names, shapes, keep=KEEP, dtypes=dtypes)
             return self._product(x, dropped, jax.tree.map(lambda leaf: remat.named(leaf, remat.WHOLE), whole))
 
         def on_device(x: jax.Array, dropped: jax.Array | None, leaves: dict[str, Any]) -> jax.Array:

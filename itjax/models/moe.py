@@ -20,7 +20,7 @@ from itjax.models.dispatch import Groups, Routes
 from itjax.models.layers import Draws, Options, Quantized, draw, draw_a, drop, kept
 from itjax.models.leaves import KEEP, names_of, shapes_of, travelling, uneven_blocks
 from itjax.models.remat import named
-from itjax.parallel import layout
+from itjax.parallel import exchange, layout
 from itjax.parallel.layout import pin
 
 Aux = dict[str, jax.Array]
@@ -159,7 +159,7 @@ class Mixture(nnx.Module):
         capacity = None if routes.slots_BTC is None else self._capacity(x_BTD.shape[1])
 
         def on_device(x_BTD: jax.Array, routes: Routes, leaves: list[Any], key: jax.Array | None) -> jax.Array:
-            whole = layout.gather(leaves, names, shapes, keep=KEEP, dtypes=dtypes)
+            whole = exchange.gather(leaves, names, shapes, keep=KEEP, dtypes=dtypes)
             gate, up, down = (nnx.merge(graph, part) for graph, part in zip(graphs, whole, strict=True))
             own = Draws(None if key is None else ways.own(key))
 

@@ -2,18 +2,21 @@
 
     look_up   rows of a table whose columns are split: numbers of tokens travel, and what was found; the table stays
     added     sums of all shards, each device the part it keeps: a reduce-scatter on every platform
+    gather    kernels for a product, whose gradients are reduce-scattered
 
 B rows, T positions, V vocabulary, D width, S shards of the positions of a batch.
 """
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from itjax.parallel import layout
+from itjax.parallel import layout, rings
 
 TABLE = PartitionSpec("vocab", "embed")
 TOKENS = PartitionSpec("batch", "length")
@@ -90,9 +93,64 @@ def added(x_SVD: jax.Array, *names: str | None) -> jax.Array:
         total = x_SVD.sum(axis=0)
         for dimension, axes in enumerate(scattered):
             if axes:
-                total = jax.lax.psum_scatter(total, axes, scatter_dimension=dimension, tiled=True)
+                total = rings.sum_scatter(total, axes, dimension=dimension)
         return jax.lax.psum(total, rest) if rest else total
 
     return jax.shard_map(
         on_device, in_specs=PartitionSpec(by_shards, *before), out_specs=PartitionSpec(*after)
     )(x_SVD)  # fmt: skip
+
+
+def gather(parts: Any, names: Any, shapes: Any, *, keep: Sequence[str], dtypes: Any) -> Any:
+    """In `per_device`: arrays of these whole `shapes`, put together over what splits dimensions of names other than `keep`.
+
+    They travel in the types of `dtypes`. Their gradients are added up in their own types and reduce-scattered: each device
+    keeps what belongs to its part.
+    """
+
+    def whole(x: jax.Array, logical: PartitionSpec, shape: Sequence[int], dtype: Any) -> jax.Array:
+        return _whole(x, _gathered(logical, shape, keep), (x.dtype.name, jnp.dtype(dtype).name))
+
+    return jax.tree.map(whole, parts, names, shapes, dtypes)
+
+
+def gathered_axes(names: Any, shapes: Any, *, keep: Sequence[str]) -> set[str]:
+    """The mesh axes over which `gather` puts arrays together."""
+    found: set[str] = set()
+
+    def note(logical: PartitionSpec, shape: Sequence[int]) -> None:
+        found.update(axis for _, axes in _gathered(logical, shape, keep) for axis in axes)
+
+    jax.tree.map(note, names, shapes)
+    return found
+
+
+Moves = tuple[tuple[int, tuple[str, ...]], ...]  # (dimension, mesh axes)
+
+
+def _gathered(logical: PartitionSpec, shape: Sequence[int], keep: Sequence[str]) -> Moves:
+    by_dimension = enumerate(layout.split(tuple(logical), shape))
+    return tuple((dimension, axes) for dimension, axes in by_dimension if axes and logical[dimension] not in keep)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _whole(x: jax.Array, moves: Moves, types: tuple[str, str]) -> jax.Array:
+    """An array put together, in the second of the types (its own, and that in which it travels)."""
+    x = x.astype(types[1])
+    for dimension, axes in moves:
+        x = rings.all_gather(x, axes, dimension=dimension)
+    return x
+
+
+def _whole_forward(x: jax.Array, moves: Moves, types: tuple[str, str]) -> tuple[jax.Array, None]:
+    return _whole(x, moves, types), None
+
+
+def _whole_backward(moves: Moves, types: tuple[str, str], _: None, grad: jax.Array) -> tuple[jax.Array]:
+    grad = grad.astype(types[0])
+    for dimension, axes in moves:
+        grad = rings.sum_scatter(grad, axes, dimension=dimension)
+    return (grad,)
+
+
+_whole.defvjp(_whole_forward, _whole_backward)

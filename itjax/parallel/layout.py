@@ -5,11 +5,9 @@ A parameter carries its names beside it, an activation says them in `pin`; nothi
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -135,61 +133,6 @@ def per_device(
 def _axes(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
     """The mesh axes that one entry of a PartitionSpec names."""
     return () if entry is None else (entry,) if isinstance(entry, str) else entry
-
-
-def gather(parts: Any, names: Any, shapes: Any, *, keep: Sequence[str], dtypes: Any) -> Any:
-    """In `per_device`: arrays of these whole `shapes`, put together over what splits dimensions of names other than `keep`.
-
-    They travel in the types of `dtypes`. Their gradients are added up in their own types and reduce-scattered: each device
-    keeps what belongs to its part.
-    """
-
-    def whole(x: jax.Array, logical: PartitionSpec, shape: Sequence[int], dtype: Any) -> jax.Array:
-        return _whole(x, _gathered(logical, shape, keep), (x.dtype.name, jnp.dtype(dtype).name))
-
-    return jax.tree.map(whole, parts, names, shapes, dtypes)
-
-
-def gathered_axes(names: Any, shapes: Any, *, keep: Sequence[str]) -> set[str]:
-    """The mesh axes over which `gather` puts arrays together."""
-    found: set[str] = set()
-
-    def note(logical: PartitionSpec, shape: Sequence[int]) -> None:
-        found.update(axis for _, axes in _gathered(logical, shape, keep) for axis in axes)
-
-    jax.tree.map(note, names, shapes)
-    return found
-
-
-Moves = tuple[tuple[int, tuple[str, ...]], ...]  # (dimension, mesh axes)
-
-
-def _gathered(logical: PartitionSpec, shape: Sequence[int], keep: Sequence[str]) -> Moves:
-    by_dimension = enumerate(split(tuple(logical), shape))
-    return tuple((dimension, axes) for dimension, axes in by_dimension if axes and logical[dimension] not in keep)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def _whole(x: jax.Array, moves: Moves, types: tuple[str, str]) -> jax.Array:
-    """An array put together, in the second of the types (its own, and that in which it travels)."""
-    x = x.astype(types[1])
-    for dimension, axes in moves:
-        x = jax.lax.all_gather(x, axes, axis=dimension, tiled=True)
-    return x
-
-
-def _whole_forward(x: jax.Array, moves: Moves, types: tuple[str, str]) -> tuple[jax.Array, None]:
-    return _whole(x, moves, types), None
-
-
-def _whole_backward(moves: Moves, types: tuple[str, str], _: None, grad: jax.Array) -> tuple[jax.Array]:
-    grad = grad.astype(types[0])
-    for dimension, axes in moves:
-        grad = jax.lax.psum_scatter(grad, axes, scatter_dimension=dimension, tiled=True)
-    return (grad,)
-
-
-_whole.defvjp(_whole_forward, _whole_backward)
 
 
 def shardings(axes: Any, mesh: Mesh, shapes: Any) -> Any:

@@ -16,6 +16,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
 from itjax.base.schema import Parallel
+from itjax.parallel import rings
 
 AXES = ("data", "fsdp", "expert", "context", "tensor")
 BETWEEN = ("data", "fsdp")  # axes that may go from one island to another
@@ -53,7 +54,9 @@ def mesh_for(parallel: Parallel, devices: Sequence[jax.Device] | None = None) ->
         array = mesh_utils.create_hybrid_device_mesh(
             inside, list(between.values()), devices, process_is_granule=by_process, **splits
         )
-    return Mesh(array, AXES, axis_types=kinds)
+    mesh = Mesh(array, AXES, axis_types=kinds)
+    rings.learn(mesh)
+    return mesh
 
 
 def islands(devices: Sequence[jax.Device]) -> list[int]:
