@@ -13,8 +13,8 @@ def test_a_processor_has_no_options():
 
 
 def test_what_a_compiler_does_not_know_is_left_out_and_said(monkeypatch):
-    """The compiler here is of CPUs: it knows options of GPUs, which are in the same list, and none of libtpu's."""
-    known, unknown = "xla_gpu_enable_pipelined_all_gather", "xla_tpu_enable_latency_hiding_scheduler"
+    """The compiler here is of CPUs: it knows none of libtpu's."""
+    known, unknown = "xla_cpu_enable_fast_math", "xla_tpu_enable_latency_hiding_scheduler"
     monkeypatch.setattr(flags, "OPTIONS", {"gpu": {known: True, unknown: True}})
     got = flags.options("gpu", CPU, extra={})
     assert got.accepted == {known: True}
@@ -43,8 +43,9 @@ def test_options_of_ones_own_are_taken_as_what_they_are():
     assert got.accepted == {"xla_cpu_enable_fast_math": True, "xla_gpu_all_gather_combine_threshold_bytes": 65536}
 
 
-def test_one_of_ours_can_be_changed_or_taken_out():
-    changed, left_out = "xla_gpu_enable_pipelined_all_gather", "xla_gpu_enable_latency_hiding_scheduler"
+def test_one_of_ours_can_be_changed_or_taken_out(monkeypatch):
+    changed, left_out = "xla_cpu_enable_fast_math", "xla_gpu_all_gather_combine_threshold_bytes"
+    monkeypatch.setattr(flags, "OPTIONS", {"gpu": {changed: True, left_out: 1}})
     got = flags.options("gpu", CPU, extra={changed: "false", left_out: ""})
     assert got.accepted[changed] is False
     assert left_out not in got.accepted
