@@ -50,7 +50,7 @@ def striped(x: jax.Array) -> jax.Array:
 
     def exchange(x_BT: jax.Array) -> jax.Array:
         x_BMCS = _turned(x_BT.reshape(x_BT.shape[0], -1, parts, size, *x_BT.shape[2:]), jax.lax.axis_index(axes))
-        return jax.lax.all_to_all(x_BMCS, axes, split_axis=2, concat_axis=1).reshape(x_BT.shape)
+        return jax.lax.all_to_all(x_BMCS, axes, split_axis=2, concat_axis=1, tiled=True).reshape(x_BT.shape)
 
     return x if parts == 1 else _exchanged(exchange, x)
 
@@ -61,7 +61,8 @@ def natural(x: jax.Array) -> jax.Array:
 
     def exchange(x_BT: jax.Array) -> jax.Array:
         x_BCMS = x_BT.reshape(x_BT.shape[0], parts, -1, size, *x_BT.shape[2:])
-        x_BMCS = jax.lax.all_to_all(x_BCMS, axes, split_axis=1, concat_axis=2)
+        x_B1CMS = jax.lax.all_to_all(x_BCMS, axes, split_axis=1, concat_axis=2, tiled=True)
+        x_BMCS = x_B1CMS.reshape(x_BCMS.shape).swapaxes(1, 2)
         return _turned(x_BMCS, jax.lax.axis_index(axes)).reshape(x_BT.shape)
 
     return x if parts == 1 else _exchanged(exchange, x)

@@ -82,3 +82,16 @@ def test_parts_have_as_many_scores_whatever_is_packed(lengths, most, context):
         cut = stripes.cut(32768)
     work = scores_T[Stripes(0, cut.parts, cut.size).all_places_PQ(32768)].sum(axis=1)
     assert work.max() / work.mean() < most
+
+
+@pytest.mark.parametrize("longest", [1, 2, 512])
+def test_gradients_find_their_way_back(monkeypatch, longest):
+    """Of short stripes a device gives several to each other."""
+    monkeypatch.setattr(stripes, "LONGEST", longest)
+    x, mix = (np.random.default_rng(seed).normal(size=(2, 64)).astype(np.float32) for seed in (0, 1))
+
+    def total(x, mix):
+        return (stripes.natural(jnp.sin(stripes.striped(x))) * mix).sum()
+
+    grad = on_mesh(Parallel(data=2, context=4), jax.grad(total), x, mix)
+    np.testing.assert_allclose(grad, np.cos(x) * mix, atol=1e-6)
