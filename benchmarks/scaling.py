@@ -30,8 +30,8 @@ PRESETS = [  # config, devices, settings
     ("sft_llama31_8b", "h200:8", []),
     ("sft_llama31_70b", "v5p:8x8x8", ["rows=512", "parallel.data=8"]),
     ("sft_llama31_70b", "h100:16x8", ["rows=128"]),
-    ("sft_qwen3_30b_a3b", "v5p:4x4x4", ["rows=64"]),
-    ("sft_qwen3_30b_a3b", "h100:2x8", []),
+    ("sft_qwen3_30b_a3b", "v5p:4x4x4", []),
+    ("sft_qwen3_30b_a3b", "h100:2x8", ["rows=32"]),
     ("sft_llama31_8b_128k", "v5p:4x4x4", []),
     ("sft_llama31_8b_128k", "h200:8x8", []),
 ]
