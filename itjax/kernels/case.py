@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+ATTENDED = "attended"  # what a forward pass leaves for the backward pass: a policy that keeps it does not run it again
 HIDDEN = -1e30  # a score that is not seen; finite, so that a query which sees nothing gives numbers and not NaN
 
 

@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from itjax.kernels.case import Case, Scores, Segments, Stripes
+from itjax.kernels.case import ATTENDED, Case, Scores, Segments, Stripes
 
 lower: Any
 try:
@@ -32,7 +32,6 @@ try:
 except ImportError:  # it is not public, so a jax to come may be without it
     lower = None
 
-NAME = "attended"  # of what the forward pass leaves for the backward pass: a policy that keeps it does not run it again
 POSITIONS_PER_SLOT = 64  # rows of documents half as long as usual still take one round
 MOST_SLOTS = 128  # sums of exponents take 4·M·N bytes a position while a layer is worked on
 OFFSETS = 2**31  # numbers that offsets, which are int32, tell apart
@@ -204,7 +203,7 @@ def _forward(
     def further(number: jax.Array, o_BTNH: jax.Array) -> jax.Array:
         return o_BTNH + _round(scores, number, qkv, segments_BT)[0]
 
-    o_BTNH = checkpoint_name(_further_rounds(further, o_BTNH, segments_BT), NAME)
+    o_BTNH = checkpoint_name(_further_rounds(further, o_BTNH, segments_BT), ATTENDED)
     return o_BTNH, (_named(kept, o_BTNH, qkv), qkv, segments_BT)
 
 
@@ -215,7 +214,7 @@ def _named(kept: Kept, o_BTNH: jax.Array, qkv: tuple[jax.Array, ...]) -> Kept:
         if leaf is kept.o_BTNH:
             return o_BTNH
         given = any(leaf is x for x in qkv) or not jnp.issubdtype(leaf.dtype, jnp.inexact)
-        return leaf if given else checkpoint_name(leaf, NAME)
+        return leaf if given else checkpoint_name(leaf, ATTENDED)
 
     return Kept(jax.tree.map(one, kept.pull), o_BTNH, kept.mine_BT)
 

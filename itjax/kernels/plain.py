@@ -10,11 +10,10 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from itjax.kernels.case import HIDDEN, Case, Scores, Segments, Stripes, sees_BQT
+from itjax.kernels.case import ATTENDED, HIDDEN, Case, Scores, Segments, Stripes, sees_BQT
 
 BLOCK = 64  # fewest queries in a block: 64 to 128 is fastest on CPUs
 MOST_BLOCKS = 16  # longer rows get longer blocks, so that programs stay small
-NAME = "attended"  # of what heads read, for policies of rematerialisation
 
 
 def refuses(case: Case) -> str:
@@ -69,7 +68,7 @@ def reference(
         scores_BNQT = jnp.concatenate([scores_BNQT, sinks_BNQ1], axis=-1)
     probabilities_BNQT = jax.nn.softmax(scores_BNQT, axis=-1)[..., :T]
     o_BQNH = jnp.einsum("BNQT,BTNH->BQNH", probabilities_BNQT, v_BTNH).astype(v_BTKH.dtype)
-    return checkpoint_name(o_BQNH, NAME)
+    return checkpoint_name(o_BQNH, ATTENDED)
 
 
 def blockwise(
@@ -102,7 +101,7 @@ def blockwise(
         sees_BQS = sees_BQT(here, places_Q[start:stop], first=first, window=scores.window)
         q_part, k_part, v_part = q_BKGQH[:, :, :, start:stop], k_BKTH[:, :, first:last], v_BKTH[:, :, first:last]
         parts.append(_read(q_part, k_part, v_part, sees_BQS, scores, sinks_N))
-    return checkpoint_name(_to_positions(jnp.concatenate(parts, axis=3)), NAME)
+    return checkpoint_name(_to_positions(jnp.concatenate(parts, axis=3)), ATTENDED)
 
 
 def _reach(start: int, stop: int, stripes: Stripes, window: int) -> tuple[int, int]:

@@ -35,9 +35,8 @@ from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_kernel im
 )
 from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_mask_info import MaskInfo
 
-from itjax.kernels.case import Case, Scores, Segments, Stripes
+from itjax.kernels.case import ATTENDED, Case, Scores, Segments, Stripes
 
-NAME = "attended"  # of what the forward pass leaves for the backward pass, for policies of rematerialisation
 SMALLEST, LARGEST = 128, 512  # positions in a tile, see `tiles`
 
 
@@ -105,7 +104,7 @@ def attend(
         save_residuals=False,
         mask_value=DEFAULT_MASK_VALUE,
         attn_logits_soft_cap=scores.softcap or None,
-        residual_checkpoint_name=NAME,
+        residual_checkpoint_name=ATTENDED,
         mask_function=Near(scores.window),
         interpret=platform == "cpu",
     )

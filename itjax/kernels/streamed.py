@@ -18,10 +18,9 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from itjax.kernels.case import HIDDEN, Case, Scores, Segments, Stripes
+from itjax.kernels.case import ATTENDED, HIDDEN, Case, Scores, Segments, Stripes
 from itjax.kernels.plain import capped, scales_queries
 
-NAME = "attended"  # of what the forward pass leaves for the backward pass: a policy that keeps it does not run it again
 UNSEEN = HIDDEN / 2  # where maxima begin: above what is hidden, so that hidden scores have probability 0 at any time
 LONG = 1024  # positions in a row
 LAST = jnp.iinfo(jnp.int32).max
@@ -241,7 +240,7 @@ def _forward(q_URKXH, k_VRKJH, v_VRKJH, sinks_N, sights, keys, settings):
         return None, ((end.o_RKXH / total_RKX1).astype(v_VRKJH.dtype), end.highest_RKX1 + jnp.log(total_RKX1))
 
     _, left = jax.lax.scan(read, None, (q_URKXH, sights))
-    o_URKXH, log_z_URKX1 = (checkpoint_name(x, NAME) for x in left)
+    o_URKXH, log_z_URKX1 = (checkpoint_name(x, ATTENDED) for x in left)
     return o_URKXH, (q_URKXH, k_VRKJH, v_VRKJH, sinks_N, sights, keys, o_URKXH, log_z_URKX1)
 
 

@@ -23,9 +23,8 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from itjax.kernels import cudnn
-from itjax.kernels.case import Case, Scores, Segments, Stripes
+from itjax.kernels.case import ATTENDED, Case, Scores, Segments, Stripes
 
-NAME = "attended"  # of what heads read, for policies of rematerialisation
 SHORTEST = 128  # positions: rows of fewer are no quicker
 SHARES = 4  # rounds that a batch takes if all its segments are of one kind
 
@@ -80,7 +79,7 @@ def attend(
     assert not scores.softcap, "refused"
     assert stripes.parts == 1, "refused"
     reading = Reading(scores, "cudnn" if platform == "gpu" else "xla")
-    return checkpoint_name(_read(reading, q_BTNH, k_BTKH, v_BTKH, segments.queries_BQ), NAME)
+    return checkpoint_name(_read(reading, q_BTNH, k_BTKH, v_BTKH, segments.queries_BQ), ATTENDED)
 
 
 def kinds(length: int) -> list[Kind]:

@@ -21,11 +21,12 @@ from typing import Any
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
+from itjax.kernels.case import ATTENDED
+
 Policy = Callable[..., Any]
 
 INPUT = "input"  # of a layer: the residual stream
 HEADS = "heads"  # queries, keys and values, as attention takes them
-ATTENDED = "attended"  # what heads read; named by the kernels, inside of their forward passes
 BETWEEN = "between"  # the residual stream between attention and the feed-forward
 HIDDEN = "hidden"  # the two products of a feed-forward that one gates the other of
 ANSWERED = "answered"  # what the experts of a mixture say, before it is added up

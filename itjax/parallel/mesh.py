@@ -41,11 +41,11 @@ def mesh_for(parallel: Parallel, devices: Sequence[jax.Device] | None = None) ->
     devices = list(jax.devices() if devices is None else devices)
     wanted = sizes(parallel, len(devices))
     shape, kinds = tuple(wanted.values()), (AxisType.Auto,) * len(AXES)
-    if devices[0].platform == "cpu":
-        return Mesh(np.array(devices).reshape(shape), AXES, axis_types=kinds)
     splits = {"allow_split_physical_axes": True}  # an axis of 4 on a torus of 8 x 8 x 8
     count = len(set(islands(devices)))
-    if count == 1:
+    if devices[0].platform == "cpu":
+        array = np.array(devices).reshape(shape)
+    elif count == 1:
         array = mesh_utils.create_device_mesh(shape, devices, **splits)
     else:
         between = shared_out(wanted, count)
@@ -55,7 +55,7 @@ def mesh_for(parallel: Parallel, devices: Sequence[jax.Device] | None = None) ->
             inside, list(between.values()), devices, process_is_granule=by_process, **splits
         )
     mesh = Mesh(array, AXES, axis_types=kinds)
-    rings.learn(mesh)
+    rings.learn(mesh)  # also where there are none: a mesh of this shape may have been of TPUs before
     return mesh
 
 

@@ -232,7 +232,7 @@ def test_what_is_left_for_the_backward_pass_has_a_name_and_who_keeps_it_does_not
         return str(jax.make_jaxpr(grad)(np.ones((1, 256, 2, 16), np.float32))).count(" while[")
 
     policies = jax.checkpoint_policies
-    assert loops(None) == loops(policies.save_only_these_names(streamed.NAME)) == 2
+    assert loops(None) == loops(policies.save_only_these_names(streamed.ATTENDED)) == 2
     assert loops(policies.nothing_saveable) == 3
 
 

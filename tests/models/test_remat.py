@@ -38,7 +38,7 @@ def compiled(policy: str):
 
 def test_the_table_has_a_row_for_every_choice_of_the_schema():
     assert tuple(remat.POLICIES) == REMAT
-    assert {module.NAME for module in (plain, splash, streamed)} == {remat.ATTENDED}
+    assert {module.ATTENDED for module in (plain, splash, streamed)} == {remat.ATTENDED}
 
 
 @pytest.mark.parametrize("policy", REMAT[1:])
